@@ -1,0 +1,114 @@
+"""Settings of the roles: model, policy trainer, generators, reference, weight transfer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+STRICT = ConfigDict(extra="forbid", frozen=True)
+
+Precision = Literal["float32", "bfloat16"]
+
+
+class FreezeConfig(BaseModel):
+    """Which parts of the model are not trained."""
+
+    model_config = STRICT
+
+    vision_tower: bool = Field(False, description="Freeze the vision encoder.")
+    projector: bool = Field(False, description="Freeze the projector between vision encoder and language model.")
+    language_model: bool = Field(False, description="Freeze the language model.")
+
+
+class ModelConfig(BaseModel):
+    """The model all roles start from."""
+
+    model_config = STRICT
+
+    path: Path = Field(description="A Hugging Face folder with weights, tokenizer, processor and chat template.")
+    precision: Precision = Field("bfloat16", description="Of parameters and activations in trainer and generator.")
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = Field("sdpa", description="Attention in trainer and reference.")
+    max_length: int = Field(4096, ge=8, description="Tokens of prompt and completion together.")
+    freeze: FreezeConfig = FreezeConfig()
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model folder.")
+
+
+class ScheduleConfig(BaseModel):
+    """Learning rate over optimiser steps."""
+
+    model_config = STRICT
+
+    kind: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Optimiser steps of linear warm-up from 0.")
+    final_share: float = Field(0.0, ge=0.0, le=1.0, description="Last learning rate as a share of the first.")
+
+
+class TrainerConfig(BaseModel):
+    """The policy trainer: one DeepSpeed engine a rank."""
+
+    model_config = STRICT
+
+    steps: int = Field(100, ge=1, description="Training steps (batches of rollouts).")
+    ranks: int = Field(1, ge=1, description="Data-parallel trainer processes.")
+    zero_stage: Literal[0, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
+    learning_rate: float = Field(1e-6, gt=0.0, description="Peak learning rate of AdamW.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments.")
+    weight_decay: float = Field(0.0, ge=0.0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0.0, description="Gradients are clipped to this global norm.")
+    schedule: ScheduleConfig = ScheduleConfig()
+    updates_per_step: int = Field(1, ge=1, description="Optimiser steps a batch is split into, in order of generation.")
+    micro_batch_tokens: int = Field(16384, ge=1, description="Padded tokens in one forward pass of one rank.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    threads: int = Field(1, ge=1, description="Torch threads of a rank on CPU.")
+
+
+class GeneratorConfig(BaseModel):
+    """The rollout generators: one asynchronous vLLM engine each."""
+
+    model_config = STRICT
+
+    replicas: int = Field(1, ge=1, description="Generators.")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs a generator.")
+    max_sequences: int = Field(256, ge=1, description="Sequences decoded at once.")
+    kv_cache_gib: float = Field(1.0, gt=0.0, description="KV cache on CPU.")
+    gpu_memory_share: float = Field(0.85, gt=0.0, le=1.0, description="Share of a GPU's memory the engine may take.")
+    enforce_eager: bool = Field(False, description="No CUDA graphs or compilation.")
+    threads: int = Field(1, ge=1, description="Torch threads of the engine on CPU.")
+
+
+class ReferenceConfig(BaseModel):
+    """The frozen reference model."""
+
+    model_config = STRICT
+
+    path: Path | None = Field(None, description="Its folder; by default the policy's starting weights.")
+    replicas: int = Field(1, ge=1, description="Reference servers.")
+    micro_batch_tokens: int = Field(32768, ge=1, description="Padded tokens in one forward pass.")
+    threads: int = Field(1, ge=1, description="Torch threads on CPU.")
+
+
+class WeightsConfig(BaseModel):
+    """How a new policy version reaches the generators."""
+
+    model_config = STRICT
+
+    backend: Literal["zmq"] = Field("zmq", description="Transport; generators pull.")
+    bucket_mib: int = Field(64, ge=1, description="Size of a bucket.")
+    max_logprob_gap: float = Field(0.5, gt=0.0, description="Alarm: gap between trainer's and generator's log-probability of a token, in nats.")
+    max_mismatch_kl: float = Field(0.02, gt=0.0, description="Alarm: mean KL a token between generator and trainer, in nats.")
+    on_alarm: Literal["warn", "stop"] = Field("warn", description="What an alarm does.")
+
+
+class DeadlineConfig(BaseModel):
+    """No wait without a bound, in seconds."""
+
+    model_config = STRICT
+
+    start_s: float = Field(600.0, gt=0.0, description="For an actor to be ready.")
+    generate_s: float = Field(600.0, gt=0.0, description="For one group's generation.")
+    update_s: float = Field(1800.0, gt=0.0, description="For one training update.")
+    sync_s: float = Field(300.0, gt=0.0, description="For one weight update to reach a generator.")
+    collective_s: float = Field(600.0, gt=0.0, description="For one collective between trainer ranks.")
+    stop_s: float = Field(10.0, gt=0.0, description="For everything to stop.")

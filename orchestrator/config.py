@@ -1,0 +1,114 @@
+"""The one configuration: the rooms' settings put together, with the checks that need more than one of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from actors.config import DeadlineConfig, GeneratorConfig, ModelConfig, ReferenceConfig, TrainerConfig, WeightsConfig
+from algorithms.config import AlgorithmConfig
+from reward.config import RewardConfig
+from rollout.config import DatasetConfig, RolloutConfig, SamplingConfig
+
+STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunConfig(BaseModel):
+    """Name, place and seed of the run."""
+
+    model_config = STRICT
+
+    name: str = Field("run", description="Name of the run.")
+    folder: Path = Field(Path("runs/run"), description="Where the run writes everything.")
+    seed: int = Field(0, ge=0, description="Seed of data order, sampling and initialisation.")
+
+
+class DataConfig(BaseModel):
+    """Training and held-out prompts."""
+
+    model_config = STRICT
+
+    train: DatasetConfig
+    evaluation: DatasetConfig | None = Field(None, description="Held-out prompts; without them nothing is evaluated.")
+    modules: tuple[Path, ...] = Field((), description="Python files to import first; they register dataset builders.")
+
+
+class EvaluationConfig(BaseModel):
+    """Evaluation on held-out prompts, before, during and after training."""
+
+    model_config = STRICT
+
+    every_steps: int = Field(20, ge=0, description="Evaluate every so many steps; 0 only before and after.")
+    prompts: int | None = Field(None, ge=1, description="Use only so many held-out prompts during training.")
+    modes: tuple[Literal["greedy", "sampled"], ...] = Field(("greedy", "sampled"), description="Decoding modes.")
+    sampling: SamplingConfig = Field(SamplingConfig(), description="Of the sampled mode; greedy sets temperature 0.")
+
+
+class CheckpointConfig(BaseModel):
+    """When checkpoints are written and which are kept."""
+
+    model_config = STRICT
+
+    every_steps: int = Field(20, ge=1, description="Write one every so many steps, and at the end.")
+    keep: int = Field(2, ge=1, description="Whole checkpoints kept, besides the best.")
+    metric: str = Field("eval/greedy/reward", description="Metric the best checkpoint is chosen by; higher is better.")
+    export: bool = Field(True, description="Write a Hugging Face folder at the end.")
+
+
+class TrackingConfig(BaseModel):
+    """MLflow."""
+
+    model_config = STRICT
+
+    enabled: bool = Field(True, description="Record in MLflow; metrics.jsonl is written in any case.")
+    uri: str | None = Field(None, description="Tracking server; by default SQLite in the run folder.")
+    experiment: str = Field("counterpoint", description="MLflow experiment.")
+    samples_every_steps: int = Field(10, ge=0, description="Log a table of samples with their media every so many steps; 0 never.")
+    samples: int = Field(8, ge=1, description="Samples in that table.")
+    system_metrics: bool = Field(True, description="CPU, memory and GPU use.")
+
+
+class RoleResources(BaseModel):
+    """What one actor of a role asks Ray for."""
+
+    model_config = STRICT
+
+    cpus: float = Field(0.0, ge=0.0, description="Logical CPUs.")
+    gpus: float = Field(0.0, ge=0.0, description="GPUs.")
+    custom: dict[str, float] = Field(default_factory=dict, description="Ray custom resources, which pin the role to nodes.")
+
+
+class ClusterConfig(BaseModel):
+    """The Ray cluster and the share of it each role asks for."""
+
+    model_config = STRICT
+
+    address: str | None = Field(None, description="Address of a running Ray cluster ('auto' finds one); null starts a local one.")
+    policy: RoleResources = RoleResources()
+    generator: RoleResources = RoleResources()
+    reference: RoleResources = RoleResources()
+    reward: RoleResources = RoleResources()
+
+
+class Config(BaseModel):
+    """Everything a run is made of."""
+
+    model_config = STRICT
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    weights: WeightsConfig = WeightsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()

@@ -1,0 +1,32 @@
+"""Settings of the reward server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+class RewardComponentConfig(BaseModel):
+    """One registered reward function and its weight in the sum."""
+
+    model_config = STRICT
+
+    function: str = Field(description="Name under which the function was registered.")
+    weight: float = Field(1.0, description="Factor of this component in the combined reward.")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments for the function.")
+
+
+class RewardConfig(BaseModel):
+    """What completions are worth, and the bounds within which that is found out."""
+
+    model_config = STRICT
+
+    components: tuple[RewardComponentConfig, ...] = Field(min_length=1, description="The components, summed by weight.")
+    modules: tuple[Path, ...] = Field((), description="Python files to import first; they register the functions.")
+    workers: int = Field(1, ge=1, description="Worker processes in which functions run, apart from the server.")
+    deadline_s: float = Field(10.0, gt=0.0, description="Time for one call of a function; then its worker is killed.")
+    max_attempts: int = Field(2, ge=1, description="Tries of a failed call before the group is dropped.")
