@@ -1,18 +1,40 @@
-"""The one configuration: the rooms' settings put together, with the checks that need more than one of them."""
+"""The one configuration: the rooms' settings put together. What must hold between them is in combinations.py."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.config import DeadlineConfig, GeneratorConfig, ModelConfig, ReferenceConfig, TrainerConfig, WeightsConfig
 from algorithms.config import AlgorithmConfig
+from orchestrator import combinations
 from reward.config import RewardConfig
 from rollout.config import DatasetConfig, RolloutConfig, SamplingConfig
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Marks a path the run writes to. It is relative to the working directory; all other paths to their recipe."""
+
+
+OutputPath = Annotated[Path, Output()]
+
+
+class ImpossibleCombinationError(ValueError):
+    """Settings that are each allowed but not together.
+
+    Attributes:
+        problems: one sentence each: which settings, why they don't go together, what to do.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
 
 
 class RunConfig(BaseModel):
@@ -21,7 +43,7 @@ class RunConfig(BaseModel):
     model_config = STRICT
 
     name: str = Field("run", description="Name of the run.")
-    folder: Path = Field(Path("runs/run"), description="Where the run writes everything.")
+    folder: OutputPath = Field(Path("runs/run"), description="Where the run writes everything.")
     seed: int = Field(0, ge=0, description="Seed of data order, sampling and initialisation.")
 
 
@@ -53,7 +75,10 @@ class CheckpointConfig(BaseModel):
 
     every_steps: int = Field(20, ge=1, description="Write one every so many steps, and at the end.")
     keep: int = Field(2, ge=1, description="Whole checkpoints kept, besides the best.")
-    metric: str = Field("eval/greedy/reward", description="Metric the best checkpoint is chosen by; higher is better.")
+    metric: str = Field(
+        "eval/greedy/reward",
+        description="Metric the best checkpoint is chosen by, higher is better; without evaluation the latest counts.",
+    )
     export: bool = Field(True, description="Write a Hugging Face folder at the end.")
 
 
@@ -65,7 +90,9 @@ class TrackingConfig(BaseModel):
     enabled: bool = Field(True, description="Record in MLflow; metrics.jsonl is written in any case.")
     uri: str | None = Field(None, description="Tracking server; by default SQLite in the run folder.")
     experiment: str = Field("counterpoint", description="MLflow experiment.")
-    samples_every_steps: int = Field(10, ge=0, description="Log a table of samples with their media every so many steps; 0 never.")
+    samples_every_steps: int = Field(
+        10, ge=0, description="Log a table of samples with their media every so many steps; 0 never."
+    )
     samples: int = Field(8, ge=1, description="Samples in that table.")
     system_metrics: bool = Field(True, description="CPU, memory and GPU use.")
 
@@ -77,7 +104,9 @@ class RoleResources(BaseModel):
 
     cpus: float = Field(0.0, ge=0.0, description="Logical CPUs.")
     gpus: float = Field(0.0, ge=0.0, description="GPUs.")
-    custom: dict[str, float] = Field(default_factory=dict, description="Ray custom resources, which pin the role to nodes.")
+    custom: dict[str, float] = Field(
+        default_factory=dict, description="Ray custom resources, which pin the role to nodes."
+    )
 
 
 class ClusterConfig(BaseModel):
@@ -85,7 +114,9 @@ class ClusterConfig(BaseModel):
 
     model_config = STRICT
 
-    address: str | None = Field(None, description="Address of a running Ray cluster ('auto' finds one); null starts a local one.")
+    address: str | None = Field(
+        None, description="Address of a running Ray cluster ('auto' finds one); null starts a local one."
+    )
     policy: RoleResources = RoleResources()
     generator: RoleResources = RoleResources()
     reference: RoleResources = RoleResources()
@@ -112,3 +143,54 @@ class Config(BaseModel):
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
+
+    @property
+    def best_metric(self) -> str | None:
+        """The metric the best checkpoint is chosen by, or None where nothing is evaluated."""
+        return self.checkpoint.metric if self.data.evaluation is not None else None
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if problems := combinations.problems(self):
+            raise ImpossibleCombinationError(problems)
+        return self
+
+
+class SupervisedConfig(BaseModel):
+    """What is imitated, and how much of it a step."""
+
+    model_config = STRICT
+
+    response_key: str = Field(
+        "response", description="Key of a prompt's metadata (its column) with the text to imitate."
+    )
+    batch_size: int = Field(32, ge=1, description="Samples a training step.")
+    export_folder: Annotated[Path | None, Output()] = Field(
+        None, description="Where the Hugging Face folder is written; by default 'model' in the run folder."
+    )
+
+
+class SFTConfig(BaseModel):
+    """Everything a supervised fine-tuning run is made of: the policy trainer with the loss "nll", and no rollouts."""
+
+    model_config = STRICT
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    sft: SupervisedConfig = SupervisedConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
+
+    @property
+    def export_folder(self) -> Path:
+        """Where the fine-tuned model is written."""
+        return self.sft.export_folder or self.run.folder / "model"
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if problems := combinations.sft_problems(self):
+            raise ImpossibleCombinationError(problems)
+        return self
