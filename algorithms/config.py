@@ -16,8 +16,12 @@ class KLConfig(BaseModel):
 
     coefficient: float = Field(0.0, ge=0.0, description="Weight of the KL term; 0 needs no reference model.")
     estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of the KL (Schulman, 2020).")
-    placement: Literal["loss", "reward"] = Field("loss", description="In the loss, or subtracted from each token's reward.")
-    controller: Literal["fixed", "adaptive"] = Field("fixed", description="Fixed, or adapted towards the target (Ziegler et al., 2019).")
+    placement: Literal["loss", "reward"] = Field(
+        "loss", description="In the loss, or subtracted from each token's reward."
+    )
+    controller: Literal["fixed", "adaptive"] = Field(
+        "fixed", description="Fixed, or adapted towards the target (Ziegler et al., 2019)."
+    )
     target_nats: float = Field(0.05, gt=0.0, description="KL a token the adaptive controller steers to.")
     horizon: int = Field(100, ge=1, description="Updates over which the adaptive controller acts.")
 
