@@ -1,0 +1,130 @@
+"""Combinations of settings that can't work are refused with the reason; those that surprise are warned of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from orchestrator.combinations import warnings
+from orchestrator.config import Config, SFTConfig
+
+
+def tree(*changes: tuple[str, Any]) -> dict[str, Any]:
+    """A configuration that works, with dotted changes."""
+    made: dict[str, Any] = {
+        "model": {"path": "m", "max_length": 1024},
+        "data": {"train": {"path": "a.jsonl"}, "evaluation": {"path": "b.jsonl"}},
+        "reward": {"components": [{"function": "exact"}]},
+    }
+    for key, value in changes:
+        node = made
+        *sections, leaf = key.split(".")
+        for name in sections:
+            node = node.setdefault(name, {})
+        node[leaf] = value
+    return made
+
+
+def refusal(made: dict[str, Any], schema: type[Config] | type[SFTConfig] = Config) -> str:
+    with pytest.raises(ValidationError) as caught:
+        schema.model_validate(made)
+    return str(caught.value)
+
+
+def test_the_plain_configuration_works_without_warnings() -> None:
+    assert warnings(Config.model_validate(tree())) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ([("trainer.micro_batch_tokens", 512)], "can't hold one sample of model.max_length (1,024 tokens)"),
+        ([("rollout.sampling.max_tokens", 1024)], "leaves no room for a prompt"),
+        ([("evaluation.sampling", {"max_tokens": 1024})], "evaluation.sampling.max_tokens = 1024 leaves no room"),
+        ([("rollout.sampling.min_tokens", 513)], "no completion could end"),
+        ([("rollout.sampling.temperature", 0.0)], "makes all samples of a prompt equal"),
+        (
+            [("rollout.prompts_per_step", 1), ("rollout.group_size", 2), ("trainer.ranks", 4)],
+            "fewer than trainer.ranks",
+        ),
+        ([("rollout.group_size", 1)], "makes every advantage zero"),
+        ([("rollout.group_size", 1), ("algorithm.advantage", "rloo")], "makes every advantage zero"),
+        (
+            [
+                ("rollout.group_size", 1),
+                ("rollout.drop_equal_rewards", True),
+                ("algorithm.advantage", "reinforce"),
+            ],
+            "would drop every group",
+        ),
+        ([("algorithm.loss", "nll")], "counterpoint sft"),
+        ([("algorithm.kl.controller", "adaptive")], "0 stays 0"),
+        ([("algorithm.correction.high", 0.5)], "Set it to at least 1"),
+        ([("algorithm.correction.method", "token_masked"), ("algorithm.correction.low", 1.5)], "Set it below 1"),
+        ([("algorithm.kl.coefficient", 0.1), ("reference.micro_batch_tokens", 512)], "reference.micro_batch_tokens"),
+        ([("data.train", {})], "says neither path nor builder"),
+        ([("data.train.builder", "digits")], "both name the prompts"),
+        ([("data.evaluation", None), ("evaluation.every_steps", 5)], "names no held-out prompts"),
+        ([("data.evaluation", None), ("checkpoint.metric", "eval/sampled/reward")], "never measured"),
+        ([("checkpoint.metric", "train/loss")], "eval/greedy/reward or eval/sampled/reward"),
+        ([("evaluation.modes", ["sampled"])], "checkpoint.metric = eval/greedy/reward is never measured"),
+        ([("evaluation.modes", [])], "evaluation.modes is empty"),
+        (
+            [("model.freeze", {"vision_tower": True, "projector": True, "language_model": True})],
+            "nothing is left to train",
+        ),
+        ([("model.attention", "flash_attention_2"), ("model.precision", "float32")], "no float32 kernels"),
+        ([("trainer.schedule", {"warmup_steps": 100})], "never reaches trainer.learning_rate"),
+        ([("trainer.betas", [0.9, 1.0])], "trainer.betas.1 = 1.0"),
+        ([("reward.components", [{"function": "exact", "weight": 0.0}])], "every reward is 0"),
+        ([("reward.components", [{"function": "exact"}, {"function": "exact"}])], "names exact twice"),
+        ([("cluster.generator.gpus", 1), ("generator.tensor_parallel", 2)], "needs its own GPU"),
+    ],
+)
+def test_an_impossible_combination_is_refused_with_the_reason(changes: list[tuple[str, Any]], reason: str) -> None:
+    assert reason in refusal(tree(*changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ([("rollout.sampling.top_p", 0.9)], "top_p = 0.9 samples from a cut-off distribution"),
+        ([("rollout.sampling.top_k", 50)], "top_k = 50 samples from a cut-off distribution"),
+        ([("rollout.max_staleness", 1), ("algorithm.correction.method", "none")], "as if they were the current one's"),
+        ([("rollout.sampling.ignore_eos", True)], "never learns to stop"),
+        ([("data.evaluation", None)], "nothing is evaluated"),
+        ([("evaluation.sampling", {"temperature": 0.0})], "greedy as well"),
+    ],
+)
+def test_a_combination_that_surprises_is_warned_of(changes: list[tuple[str, Any]], reason: str) -> None:
+    (warning,) = warnings(Config.model_validate(tree(*changes)))
+    assert reason in warning
+
+
+def test_reference_settings_without_a_kl_term_are_fine() -> None:
+    Config.model_validate(tree(("reference.micro_batch_tokens", 512), ("algorithm.kl.coefficient", 0.0)))
+
+
+def test_all_impossible_combinations_are_named_at_once() -> None:
+    text = refusal(tree(("rollout.group_size", 1), ("trainer.micro_batch_tokens", 512)))
+    assert "every advantage zero" in text
+    assert "can't hold one sample" in text
+
+
+def test_without_evaluation_no_metric_chooses_the_best() -> None:
+    assert Config.model_validate(tree(("data.evaluation", None))).best_metric is None
+    assert Config.model_validate(tree()).best_metric == "eval/greedy/reward"
+
+
+def test_supervised_batches_hold_a_sample_for_every_rank() -> None:
+    made = tree(("sft.batch_size", 1), ("trainer.ranks", 2))
+    del made["reward"]
+    assert "each rank needs a sample" in refusal(made, SFTConfig)
+
+
+def test_a_supervised_run_exports_into_its_folder_by_default() -> None:
+    made = tree(("run.folder", "runs/warm"))
+    del made["reward"]
+    assert str(SFTConfig.model_validate(made).export_folder) == "runs/warm/model"
