@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -17,13 +17,27 @@ class KLConfig(BaseModel):
     coefficient: float = Field(0.0, ge=0.0, description="Weight of the KL term; 0 needs no reference model.")
     estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of the KL (Schulman, 2020).")
     placement: Literal["loss", "reward"] = Field(
-        "loss", description="In the loss, or subtracted from each token's reward."
+        "loss", description="In the loss, or subtracted from the sample's reward, summed over its tokens."
     )
     controller: Literal["fixed", "adaptive"] = Field(
         "fixed", description="Fixed, or adapted towards the target (Ziegler et al., 2019)."
     )
     target_nats: float = Field(0.05, gt=0.0, description="KL a token the adaptive controller steers to.")
     horizon: int = Field(100, ge=1, description="Updates over which the adaptive controller acts.")
+
+    @model_validator(mode="after")
+    def _the_estimator_suits_its_place(self) -> KLConfig:
+        if self.coefficient > 0 and self.placement == "loss" and self.estimator == "k1":
+            raise ValueError(
+                "algorithm.kl.estimator = k1 does nothing in the loss: its gradient is 0 in expectation. "
+                "Set algorithm.kl.estimator to k2 or k3, or algorithm.kl.placement to reward."
+            )
+        if self.coefficient > 0 and self.placement == "reward" and self.estimator != "k1":
+            raise ValueError(
+                f"algorithm.kl.estimator = {self.estimator} in the reward doesn't follow the gradient of the KL. "
+                "Set algorithm.kl.estimator to k1, or algorithm.kl.placement to loss."
+            )
+        return self
 
 
 class CorrectionConfig(BaseModel):
@@ -36,6 +50,15 @@ class CorrectionConfig(BaseModel):
     )
     high: float = Field(2.0, gt=0.0, description="Upper bound of the importance weight.")
     low: float = Field(0.5, ge=0.0, description="Lower bound, where the method masks.")
+
+    @model_validator(mode="after")
+    def _the_bounds_are_in_order(self) -> CorrectionConfig:
+        if self.method == "token_masked" and self.low >= self.high:
+            raise ValueError(
+                f"algorithm.correction.low = {self.low:g} must be below algorithm.correction.high = {self.high:g}, "
+                "or every token is masked."
+            )
+        return self
 
 
 class AlgorithmConfig(BaseModel):

@@ -185,7 +185,7 @@ def _token_means(
     """Parts of means over all trained tokens of the batch."""
 
     def mean(values: Tensor) -> Tensor:
-        return (values.detach() * inputs.mask).sum() / denominators.tokens
+        return torch.where(inputs.mask, values.detach().to(inputs.log_probs.dtype), 0.0).sum() / denominators.tokens
 
     never = torch.zeros_like(inputs.mask)
     return {
