@@ -1,0 +1,132 @@
+"""Append-only JSON-lines files that outlive a crash: a cut last line, a full disk, a resume. Knows no content."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+BACKLOG_LINES = 10_000
+"""Lines kept in memory while the disk refuses them."""
+
+
+class JsonLines:
+    """Appends one JSON object a line. Each line reaches the operating system before :meth:`append` returns.
+
+    A full disk is never fatal: what could not be written is taken back (no half line stays in the file), kept in
+    memory and written before the next line. :attr:`unwritten` counts what waits.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: deque[bytes] = deque(maxlen=BACKLOG_LINES)
+        self._is_failing = False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._end = os.lseek(self._file, 0, os.SEEK_END)
+        if self._end and os.pread(self._file, 1, self._end - 1) != b"\n":
+            self._waiting.append(b"")  # ends the line that a crash cut short; readers skip it
+        os.set_inheritable(self._file, False)
+
+    @property
+    def unwritten(self) -> int:
+        """Lines that wait for room on the disk."""
+        return len(self._waiting)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row. Values that JSON can't hold are written as text."""
+        text = json.dumps(row, ensure_ascii=False, separators=(",", ":"), default=str)
+        self._waiting.append(text.encode("utf-8", "replace"))
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, in order; on an error keep it and warn once."""
+        while self._waiting:
+            line = self._waiting[0] + b"\n"
+            try:
+                _write_all(self._file, line, self._end)
+            except OSError as error:
+                if not self._is_failing:
+                    logger.warning("%s: can't write (%s); lines are kept in memory until it can", self.path, error)
+                self._is_failing = True
+                return
+            self._end += len(line)
+            self._waiting.popleft()
+        if self._is_failing:
+            logger.info("%s: writing again, nothing was lost", self.path)
+        self._is_failing = False
+
+    def close(self) -> None:
+        """Write what waits and close; a line that still finds no room is given up, with an error in the log."""
+        if self._file < 0:
+            return
+        self.flush()
+        if self._waiting:
+            logger.error("%s: %d lines found no room on the disk and are lost", self.path, len(self._waiting))
+        os.close(self._file)
+        self._file = -1
+
+
+def _write_all(file: int, line: bytes, offset: int) -> None:
+    written = 0
+    try:
+        while written < len(line):
+            written += os.pwrite(file, line[written:], offset + written)
+    except OSError:
+        os.ftruncate(file, offset)
+        raise
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a file, oldest first. A missing file has none; a line that a crash cut short is skipped."""
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                logger.warning("%s: skipped a line that was cut short", path)
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def keep_only(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> int:
+    """Rewrite a file with only some of its rows, all or nothing; returns how many rows were removed."""
+    rows = list(read_lines(path))
+    kept = [row for row in rows if is_kept(row)]
+    if len(kept) == len(rows):
+        return 0
+    temporary = path.with_suffix(".trimmed")
+    with temporary.open("w", encoding="utf-8") as file:
+        for row in kept:
+            file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return len(rows) - len(kept)
+
+
+def finite(value: Any) -> tuple[Any, int]:
+    """A value with every NaN and infinity in it replaced by None, and how many there were."""
+    if isinstance(value, Mapping):
+        pairs = {str(key): finite(item) for key, item in value.items()}
+        return {key: item for key, (item, _) in pairs.items()}, sum(count for _, count in pairs.values())
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        items = [finite(item) for item in value]
+        return [item for item, _ in items], sum(count for _, count in items)
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+        value = value.item()  # a scalar of NumPy or torch
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, 1
+    return value, 0
