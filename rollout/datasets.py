@@ -186,7 +186,7 @@ def _rows_of_builder(config: DatasetConfig, media: MediaStore) -> Rows:
         for number, row in enumerate(build(media, config.split, **config.arguments), start=1):
             if not isinstance(row, Prompt | dict):
                 raise DatasetError(
-                    f"dataset builder {name!r} yielded a {type(row).__name__} as row {number}; it must be Prompt or dict"
+                    f"dataset builder {name!r} yielded a {type(row).__name__}, row {number}; it must be Prompt or dict"
                 )
             yield number, row
     except DatasetError:

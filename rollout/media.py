@@ -161,6 +161,7 @@ class MediaStore:
 
     def _decode(self, data: bytes, source: str) -> tuple[Image.Image, str]:
         """The decoded image and its media type."""
+        self._check_size(len(data), source)
         try:
             image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
             self._check_pixels(image.width, image.height, source)
