@@ -78,6 +78,7 @@ class PromptEncoder:
         """Prefer :meth:`from_pretrained`."""
         self.tokenizer = tokenizer
         self.processor = processor
+        self.takes_images: bool = getattr(processor, "image_processor", None) is not None
         self.banned_token_ids: tuple[int, ...] = tuple(sorted(set(banned_token_ids)))
         """Media placeholders: must never be sampled, because no feature stands behind a sampled one."""
         self.stop_token_ids: tuple[int, ...] = tuple(sorted(set(stop_token_ids)))
@@ -125,7 +126,8 @@ class PromptEncoder:
             DataError: `media_unsupported` when the model can't see the prompt's media, `placeholder_in_text` when
                 the text spells a media placeholder, or what the media store raises.
         """
-        text = self._render(prompt)
+        self._check(prompt)
+        text = self._render([{"role": turn.role, "content": self._content(turn.parts)} for turn in prompt.messages])
         return EncodedPrompt(text, self._tokenize(text), [self._media.load_image(ref) for ref in prompt.media])
 
     def expand(self, prompt: Prompt) -> ExpandedPrompt:
@@ -142,9 +144,31 @@ class PromptEncoder:
         self._remember(key, expanded)
         return expanded
 
+    def encode_response(self, text: str) -> NDArray[np.int32]:
+        """[tokens] int32: a response to imitate, as the assistant would have written it, its end of turn included."""
+        end = self.tokenizer.eos_token_id
+        ends = [end if end is not None else self.stop_token_ids[0]]
+        return np.concatenate([self._tokenize(text), np.asarray(ends, dtype=np.int32)])
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of token ids, without special tokens."""
         return str(self.tokenizer.decode([int(token) for token in token_ids], skip_special_tokens=True))
+
+    def filler(self) -> ExpandedPrompt:
+        """The smallest prompt that runs every part of the model, with a blank image where it takes images.
+
+        For a rank that has nothing else to run while its peers wait for it in a collective.
+        """
+        parts: list[dict[str, str]] | str = "."
+        images: list[Image] = []
+        if self.processor is not None:
+            parts = [{"type": "text", "text": "."}]
+        if self.takes_images:
+            import PIL.Image
+
+            parts = [{"type": "image"}, {"type": "text", "text": "."}]
+            images = [PIL.Image.new("RGB", (64, 64), "gray")]
+        return self._expand_text(self._render([{"role": "user", "content": parts}]), images, "filler")
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write tokenizer, chat template and processor beside exported weights."""
@@ -152,25 +176,24 @@ class PromptEncoder:
 
     def _expand(self, prompt: Prompt) -> ExpandedPrompt:
         encoded = self.encode(prompt)
-        if not encoded.images:
-            return ExpandedPrompt(encoded.token_ids, {})
-        assert self.processor is not None  # _render refused media without one
+        return self._expand_text(encoded.text, encoded.images, prompt.prompt_id)
+
+    def _expand_text(self, text: str, images: list[Image], prompt_id: str) -> ExpandedPrompt:
+        if not images:
+            return ExpandedPrompt(self._tokenize(text), {})
+        assert self.processor is not None  # _check refused media without one
         try:
-            output = self.processor(
-                text=[encoded.text], images=encoded.images, return_tensors="pt", add_special_tokens=False
-            )
+            output = self.processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False)
         except (ValueError, TypeError, RuntimeError) as error:
             raise DataError(
-                "media_unprocessable", f"prompt {prompt.prompt_id}: the model's processor refused its images: {error}"
+                "media_unprocessable", f"prompt {prompt_id}: the model's processor refused its images: {error}"
             ) from error
         features = dict(output)
         token_ids = features.pop("input_ids")[0].numpy().astype(np.int32)
         features.pop("attention_mask", None)
         return ExpandedPrompt(token_ids, features)
 
-    def _render(self, prompt: Prompt) -> str:
-        self._check(prompt)
-        messages = [{"role": message.role, "content": self._content(message.parts)} for message in prompt.messages]
+    def _render(self, messages: list[dict[str, Any]]) -> str:
         renderer = self.processor if self.processor is not None else self.tokenizer
         return str(renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
@@ -187,11 +210,11 @@ class PromptEncoder:
         for message in prompt.messages:
             for part in message.parts:
                 if isinstance(part, MediaPart):
-                    if self.processor is None or part.media.kind != "image":
+                    if not self.takes_images or part.media.kind != "image":
                         raise DataError(
                             "media_unsupported",
                             f"prompt {prompt.prompt_id} holds {part.media.kind} media, but the model takes "
-                            f"{'text only' if self.processor is None else 'text and images'}.",
+                            f"{'text and images' if self.takes_images else 'text only'}.",
                         )
                 elif any(placeholder in part.text for placeholder in self._placeholders):
                     raise DataError(

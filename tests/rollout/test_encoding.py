@@ -153,3 +153,10 @@ def test_a_model_without_a_chat_template_is_refused_at_once(tmp_path: Path, lm: 
     with pytest.raises(DataError) as caught:
         PromptEncoder.from_pretrained(tmp_path, pictures)
     assert caught.value.failure.reason == "chat_template_missing"
+
+
+def test_the_filler_runs_the_vision_tower_of_a_multimodal_model_only(
+    lm: Path, encoder: PromptEncoder, pictures: Pictures
+) -> None:
+    assert len(encoder.filler().features["image_grid_thw"]) == 1
+    assert not PromptEncoder.from_pretrained(lm, pictures).filler().features
