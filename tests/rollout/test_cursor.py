@@ -90,3 +90,12 @@ def test_a_state_of_other_prompts_is_refused() -> None:
 def test_a_prompt_of_another_set_can_not_be_given_back() -> None:
     with pytest.raises(ValueError, match="is not one of numbers's 3 prompts"):
         PromptCursor(prompt_set(3), seed=0).give_back(prompt_set(1, "letters").prompts)
+
+
+def test_a_restored_cursor_draws_open_prompts_before_those_given_back_earlier() -> None:
+    prompts = prompt_set(9)
+    cursor = PromptCursor(prompts, seed=0)
+    drawn = cursor.take(4)
+    cursor.give_back(drawn[2:])
+    restored = PromptCursor.restore(prompts, cursor.state(drawn[:2]))
+    assert restored.take(4) == drawn
