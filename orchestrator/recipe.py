@@ -173,6 +173,8 @@ class _Complaints:
         key = ".".join(str(part) for part in location)
         if error["type"] == "value_error" and isinstance(error["ctx"]["error"], ImpossibleCombinationError):
             return [f"{self.recipe}: {problem}" for problem in error["ctx"]["error"].problems]
+        if error["type"] == "value_error":
+            return [f"{self.recipe}: {error['ctx']['error']}"]
         if error["type"] == "extra_forbidden":
             return [f"{self._source(key)}: {command_line.unknown(self.schema, key)}"]
         setting = self._setting(location)
@@ -260,5 +262,7 @@ def _leaves(tree: Any, prefix: str, depth: int = 0) -> Iterable[tuple[str, Any]]
 
 
 def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) and value.strip() else json.dumps(value, default=str, ensure_ascii=False)
+    """A value as the recipe would hold it: text in quotes only where it would be read as something else without."""
+    plain = isinstance(value, str) and recipe_yaml.is_plain(value)
+    text = value if plain else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."

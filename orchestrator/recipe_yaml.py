@@ -82,6 +82,11 @@ def dump(document: Any) -> str:
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def is_plain(text: str) -> bool:
+    """Whether text needs no quotes to be read as text."""
+    return bool(text.strip()) and not any(p.match(text) for p in (_BOOL, _INT, _FLOAT, _NULL))
+
+
 def where(error: yaml.YAMLError) -> str:
     """What is wrong and in which line, for a person."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)

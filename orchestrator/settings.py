@@ -154,3 +154,17 @@ def _bound(mark: Any) -> str:
         case annotated_types.Lt():
             return f"below {mark.lt:g}"
     return ""
+
+
+def default_text(default: Any) -> str:
+    """A default as a recipe would write it."""
+    match default:
+        case None:
+            return "null"
+        case bool():
+            return str(default).lower()
+        case tuple() | list():
+            return f"[{', '.join(default_text(value) for value in default)}]"
+        case float():
+            return f"{default:g}"
+    return str(default)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ from pydantic import ValidationError
 
 from orchestrator.combinations import warnings
 from orchestrator.config import Config, SFTConfig
+from orchestrator.settings import settings
 
 
 def tree(*changes: tuple[str, Any]) -> dict[str, Any]:
@@ -128,3 +132,14 @@ def test_a_supervised_run_exports_into_its_folder_by_default() -> None:
     made = tree(("run.folder", "runs/warm"))
     del made["reward"]
     assert str(SFTConfig.model_validate(made).export_folder) == "runs/warm/model"
+
+
+def test_the_configuration_document_is_current() -> None:
+    script = Path(__file__).parents[2] / "scripts" / "write_configuration_doc.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("schema", [Config, SFTConfig])
+def test_every_setting_is_described_in_a_sentence(schema: type[Config] | type[SFTConfig]) -> None:
+    assert [setting.key for setting in settings(schema) if not setting.description.endswith(".")] == []
