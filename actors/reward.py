@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,12 @@ class RewardSpec:
     config: RewardConfig
     media_folder: Path
     worker_start_s: float = 60.0
+
+    def resolved(self) -> RewardSpec:
+        """The same with absolute paths: an actor's working directory isn't the driver's."""
+        modules = tuple(path.resolve() for path in self.config.modules)
+        config = self.config.model_copy(update={"modules": modules})
+        return replace(self, config=config, media_folder=self.media_folder.resolve())
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ async def start_reward_server(
     """Start a reward server, wait until its workers are ready, and check its functions. Ray must be initialised.
 
     Args:
-        spec: what it is made from.
+        spec: what it is made from; relative paths are taken from the driver's working directory.
         resources: what to ask Ray for; nothing by default.
         deadline_s: for all of it together.
         name: what messages call it.
@@ -162,7 +168,7 @@ async def start_reward_server(
             max_restarts=0,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
         )
-        .remote(spec)
+        .remote(spec.resolved())
     )
     handle = RewardHandle(actor, name)
     try:

@@ -152,10 +152,9 @@ class WorkerPool:
     def submit(self, message: Call | Check) -> Future[Any]:
         """Queue a message. A Call gives a Reply, a Check gives None or a Failure; both a Failure when stopped."""
         job = _Job(message)
+        self._jobs.put(job)
         if self._stopping.is_set():
-            job.done.set_result(_stopped())
-        else:
-            self._jobs.put(job)
+            self._drain()
         return job.done
 
     def stop(self) -> None:
@@ -166,10 +165,14 @@ class WorkerPool:
             slot.kill()
         for slot in self._slots:
             slot.join(_KILL_S)
-        while not self._jobs.empty():
-            job = self._jobs.get()
-            if job is not None and job.done.set_running_or_notify_cancel():
-                job.done.set_result(_stopped())
+        self._drain()
+
+    def _drain(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                job = self._jobs.get_nowait()
+                if job is not None and job.done.set_running_or_notify_cancel():
+                    job.done.set_result(_stopped())
 
 
 class _Slot(threading.Thread):

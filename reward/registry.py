@@ -192,9 +192,10 @@ def reward_function(
         TypeError: the function is asynchronous.
     """
 
+    if not name or "/" in name:
+        raise ValueError(f"{name!r} can't name a reward function: a name isn't empty and has no '/'")
+
     def register(function: AnyFunction) -> AnyFunction:
-        if not name or "/" in name:
-            raise ValueError(f"{name!r} can't name a reward function: a name isn't empty and has no '/'")
         if inspect.iscoroutinefunction(function):
             raise TypeError(
                 f"reward function {name!r} is asynchronous; make it a plain function that calls asyncio.run"

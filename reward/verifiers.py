@@ -170,22 +170,18 @@ def chosen_letter(text: str, choices: str = "ABCD") -> str | None:
     Reads "B", "(b)", "B. Paris", "b) Paris", "B: Paris", "\\boxed{B}" and "... the answer is B". The article in "A cat"
     and the letters of words are no choice.
     """
-    letter = f"[{re.escape(choices.upper())}{re.escape(choices.lower())}]"
-    wrapped = (
-        rf"(?:\(\s*({letter})\s*\)|\[\s*({letter})\s*\]|\\boxed\{{\s*({letter})\s*\}}|\*\*({letter})\*\*|({letter}))"
-    )
+    upper = f"[{re.escape(choices.upper())}]"
+    letter = f"[{re.escape(choices.upper() + choices.lower())}]"
+    marked = rf"\(\s*({letter})\s*\)|\[\s*({letter})\s*\]|\\boxed\{{\s*({letter})\s*\}}|\*\*({letter})\*\*"
+    another = rf"(?!\s*(?:,|/|or\b|and\b)\s*[(\[*]*{upper}\b)"
+    said = rf"(?:{marked}|({upper})(?![\w'])|({letter})(?=[.,;:)!]|\s*$)){another}"
     text = text.strip()
-    whole = re.fullmatch(rf"{wrapped}\s*[.):,]?", text)
-    stated = re.findall(rf"(?i:answer)\s*(?:(?i:is)|:|=)\s*:?\s*{wrapped}(?![\w'])", text)
-    opening = re.match(rf"(?:\(({letter})\)|({letter})[.):])(?=\s|$)", text)
-    if whole is not None:
+    if whole := re.fullmatch(rf"(?:{marked}|({letter}))\s*[.):,]?", text):
         found = [whole.groups()]
-    elif stated:
+    elif stated := re.findall(rf"(?i:\banswer)(?i:\s+is\b)?\s*[:=]?\s*{said}", text):
         found = stated
-    elif opening is not None:
-        found = [opening.groups()]
     else:
-        found = re.findall(rf"\\boxed\{{\s*({letter})\s*\}}|\(({letter})\)", text)
+        found = re.findall(rf"^({letter})[.):](?=\s|$)|\\boxed\{{\s*({letter})\s*\}}|\(({letter})\)", text)
     chosen = {"".join(group or "" for group in groups).upper() for groups in found}
     return chosen.pop() if len(chosen) == 1 else None
 

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ class RewardCounters:
     groups: int = 0
     calls: int = 0
     retries: int = 0
-    call_failures: Mapping[str, int] | None = None
-    group_failures: Mapping[str, int] | None = None
+    call_failures: Mapping[str, int] = field(default_factory=dict)
+    group_failures: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
 
