@@ -1,0 +1,163 @@
+"""A DeepSpeed engine of one rank: process group, configuration, optimiser step, gathering of sharded weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import deepspeed
+import torch
+from deepspeed.accelerator import set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from torch import Tensor, distributed, nn
+
+from actors.config import Precision, TrainerConfig
+
+Device = Literal["cpu", "cuda"]
+REDUCE_BUCKET_ELEMENTS = 50_000_000
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands among its peers.
+
+    Attributes:
+        rank, world_size: of the data-parallel group.
+        device: of the model.
+        address, port: of rank 0's rendezvous store.
+    """
+
+    rank: int
+    world_size: int
+    device: Device
+    address: str
+    port: int
+
+
+class PlainCpuAccelerator(CPU_Accelerator):
+    """DeepSpeed's CPU back end without its shared-memory operator.
+
+    That operator serves inference only, but is compiled (tens of seconds) whenever a process group starts.
+    """
+
+    def create_op_builder(self, op_name: str) -> Any:
+        """An operator's builder, or None for the one left out."""
+        return None if op_name == "ShareMemCommBuilder" else super().create_op_builder(op_name)
+
+
+def open_store(deadline_s: float, world_size: int) -> distributed.TCPStore:
+    """Rank 0's rendezvous store, listening on a port that the operating system chose, so that none can be in use."""
+    return distributed.TCPStore(
+        "0.0.0.0", 0, world_size, is_master=True, timeout=timedelta(seconds=deadline_s), wait_for_workers=False
+    )
+
+
+def join(place: Place, store: distributed.Store | None, collective_s: float) -> None:
+    """Join the process group: gloo between CPUs, nccl between GPUs.
+
+    Args:
+        store: rank 0's own; the other ranks connect to it.
+        collective_s: deadline of every collective.
+    """
+    deadline = timedelta(seconds=collective_s)
+    if store is None:
+        store = distributed.TCPStore(place.address, place.port, place.world_size, is_master=False, timeout=deadline)
+    # DeepSpeed reads these even where it is handed a ready process group. Ray shows an actor only its own GPUs.
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK="0")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if place.device == "cpu":
+        set_accelerator(PlainCpuAccelerator())
+        backend = "gloo"
+    else:
+        torch.cuda.set_device(0)
+        backend = "nccl"
+    distributed.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=deadline)
+    deepspeed.init_distributed(backend, timeout=deadline, auto_mpi_discovery=False, verbose=False)
+
+
+class Engine:
+    """Gradients in, weights changed. Sums gradients exactly as given: nothing is averaged behind the caller's back."""
+
+    def __init__(self, module: nn.Module, config: TrainerConfig, precision: Precision, place: Place) -> None:
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimiser = torch.optim.AdamW(
+            trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+        self._max_grad_norm = config.max_grad_norm
+        self._world_size = place.world_size
+        # Without ZeRO in float32, DeepSpeed steps a plain torch optimiser, and neither measures the norm nor looks
+        # for NaN.
+        self._steps_plainly = config.zero_stage == 0 and precision == "float32"
+        settings = _settings(module, config, precision, clips=not self._steps_plainly)
+        self.engine: Any = deepspeed.initialize(model=module, optimizer=optimiser, config=settings)[0]
+
+    @property
+    def module(self) -> Any:
+        """The Hugging Face model; its parameters are sharded under ZeRO-3."""
+        return self.engine.module
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a rank's part of the loss; the last part of a step also reduces it over ranks."""
+        # DeepSpeed averages gradients over ranks; the loss is a sum over them.
+        self.engine.backward(loss * self._world_size, scale_wrt_gas=False)
+
+    def begin_micro_batch(self, *, is_last: bool) -> None:
+        """Say before each forward pass whether it is the step's last."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+
+    def step(self, learning_rate: float) -> float | None:
+        """Apply the gradients, clipped to the greatest norm allowed.
+
+        Returns:
+            Their norm before clipping, or None where it isn't finite: then nothing has changed, on any rank.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._steps_plainly:
+            norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._max_grad_norm))
+            if not math.isfinite(norm):
+                self.engine.zero_grad()
+                return None
+            self.engine.step()
+            return norm
+        self.engine.step()
+        if self.engine.optimizer.overflow:
+            return None
+        return float(self.engine.get_global_grad_norm())
+
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by name, whole, one at a time; valid until the next. Under ZeRO-3 all ranks must iterate."""
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                yield name, parameter.detach()
+
+
+def _settings(module: nn.Module, config: TrainerConfig, precision: Precision, *, clips: bool) -> dict[str, Any]:
+    """DeepSpeed's own configuration. Accumulation boundaries are set by hand, micro-batches being of many sizes."""
+    # In bfloat16, DeepSpeed accumulates gradients in float32 from stage 1 on only.
+    stage = 1 if config.zero_stage == 0 and precision == "bfloat16" else config.zero_stage
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
+        "allgather_bucket_size": REDUCE_BUCKET_ELEMENTS,
+    }
+    if stage == 3:
+        hidden_size = module.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+        # Only norms and biases stay whole on every rank.
+        zero["stage3_param_persistence_threshold"] = 10 * hidden_size
+        zero["stage3_prefetch_bucket_size"] = REDUCE_BUCKET_ELEMENTS
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm if clips else 0.0,
+        "bf16": {"enabled": precision == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }

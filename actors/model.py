@@ -1,0 +1,159 @@
+"""The model of trainer and reference: loading, freezing, and the log-probabilities of completions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from actors.batches import ModelBatch
+from actors.config import FreezeConfig, ModelConfig
+
+PROJECTORS = frozenset(
+    {"multi_modal_projector", "mm_projector", "merger", "deepstack_merger_list", "connector", "aligner", "projector"}
+)
+VISION_TOWERS = frozenset({"visual", "vision_tower", "vision_model", "vision_encoder"})
+LANGUAGE_MODELS = frozenset({"language_model", "text_model"})
+
+
+class TokenLogProbs(NamedTuple):
+    """Log-probabilities and entropies of completion tokens.
+
+    Attributes:
+        log_probs: [B, T] float32, nats; 0 behind each completion's end.
+        entropy: [B, T] float32, nats, of the distribution each token was drawn from; None where not asked for.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor | None
+
+
+def load_model(config: ModelConfig, path: Path | None = None) -> Any:
+    """A model with its weights, on the CPU: a vision-language one where its architecture is, else a causal LM.
+
+    Args:
+        config: precision, attention and whether code of the folder may run.
+        path: another folder than the config's (the reference may have its own).
+    """
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    folder = path or config.path
+    hub_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    remote_classes = getattr(hub_config, "auto_map", None) or {}
+    is_multimodal = (
+        type(hub_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in remote_classes
+    )
+    auto_class: Any = AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
+    return auto_class.from_pretrained(
+        folder,
+        dtype=getattr(torch, config.precision),
+        attn_implementation=config.attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def freeze(model: nn.Module, config: FreezeConfig) -> None:
+    """Turn off the gradients of the parts that the config names.
+
+    Raises:
+        ValueError: a part to freeze doesn't exist in this architecture, or nothing would be left to train.
+    """
+    projector = _outermost(model, PROJECTORS)
+    if config.vision_tower:
+        kept = {id(parameter) for module in projector for parameter in module.parameters()}
+        _freeze_all("vision_tower", _outermost(model, VISION_TOWERS), VISION_TOWERS, keep=kept)
+    if config.projector:
+        _freeze_all("projector", projector, PROJECTORS)
+    if config.language_model:
+        _freeze_all("language_model", _outermost(model, LANGUAGE_MODELS), LANGUAGE_MODELS)
+        output_embeddings = model.get_output_embeddings()  # type: ignore[operator]
+        output_embeddings.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model.freeze leaves no parameter to train. Keep at least one part trainable.")
+
+
+def completion_log_probs(
+    model: Any,
+    batch: ModelBatch,
+    *,
+    temperature: float,
+    banned_token_ids: tuple[int, ...] = (),
+    with_entropy: bool = False,
+    entropy_gradient: bool = False,
+) -> TokenLogProbs:
+    """Log-probabilities of the completions' tokens under the distribution that is sampled from.
+
+    Logits exist only for completion tokens ([N, vocabulary], no padding): the hidden states are gathered on their
+    way into the output head, so that whatever a family does after its head (soft-capping, scaling) still happens.
+
+    Args:
+        model: a Hugging Face model, or an engine around one.
+        batch: on the model's device.
+        temperature: above 0; logits are divided by it.
+        banned_token_ids: never sampled: their probability is 0.
+        with_entropy: also return the entropies.
+        entropy_gradient: let gradients flow through them, at the cost of memory.
+    """
+    if temperature <= 0:
+        raise ValueError(f"log-probabilities need a temperature above 0, got {temperature}")
+    logits = _completion_logits(model, batch).float() / temperature
+    if banned_token_ids:
+        banned = torch.tensor(banned_token_ids, device=logits.device)
+        logits = logits.index_fill(-1, banned, torch.finfo(logits.dtype).min)
+    log_normaliser = logits.logsumexp(-1)
+    log_probs = logits.gather(-1, batch.tokens[:, None])[:, 0] - log_normaliser
+    entropy = None
+    if with_entropy:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
+            expected_logit = ((logits - log_normaliser[:, None]).exp() * logits).sum(-1)
+            entropy = _scatter(log_normaliser - expected_logit, batch)
+    return TokenLogProbs(_scatter(log_probs, batch), entropy)
+
+
+def _completion_logits(model: Any, batch: ModelBatch) -> Tensor:
+    """[N, vocabulary] logits that predict the completion tokens."""
+    head = getattr(model, "module", model).get_output_embeddings()
+
+    def gather(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (arguments[0][batch.rows, batch.positions], *arguments[1:])
+
+    hook = head.register_forward_pre_hook(gather)
+    try:
+        logits: Tensor = model(**batch.inputs, use_cache=False).logits
+    finally:
+        hook.remove()
+    if logits.dim() != 2 or len(logits) != len(batch.tokens):
+        raise ValueError(
+            f"{type(model).__name__} returned logits {list(logits.shape)} for {len(batch.tokens)} completion tokens; "
+            "its forward doesn't use its output embeddings the usual way, so it isn't supported."
+        )
+    return logits
+
+
+def _scatter(values: Tensor, batch: ModelBatch) -> Tensor:
+    return values.new_zeros(batch.shape).index_put((batch.rows, batch.columns), values)
+
+
+def _outermost(model: nn.Module, names: frozenset[str]) -> list[nn.Module]:
+    """Modules with one of these names that aren't inside another such module."""
+    paths = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in names]
+    outermost = [path for path in paths if not any(path.startswith(other + ".") for other in paths)]
+    return [model.get_submodule(path) for path in outermost]
+
+
+def _freeze_all(part: str, modules: list[nn.Module], names: frozenset[str], keep: set[int] | None = None) -> None:
+    if not modules:
+        raise ValueError(
+            f"model.freeze.{part} is set, but the model has no module named {', '.join(sorted(names))}. Unset it."
+        )
+    for module in modules:
+        for parameter in module.parameters():
+            if keep is None or id(parameter) not in keep:
+                parameter.requires_grad_(False)

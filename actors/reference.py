@@ -1,0 +1,148 @@
+"""The frozen reference model: log-probabilities of what the policy sampled. The driver's side imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from actors.calls import Share, gather
+from actors.config import DeadlineConfig, ModelConfig, ReferenceConfig
+from rollout.balance import micro_batches, split_over_ranks
+from rollout.samples import TrainingSample
+
+ROLE = "reference"
+
+
+@dataclass(frozen=True)
+class ReferenceSpec:
+    """Everything a reference server is made from.
+
+    Attributes:
+        model: the policy's; precision and attention are the same here.
+        config: another folder, replicas, micro-batches, threads.
+        deadlines: of calls.
+        temperature: of sampling; log-probabilities are of the tempered distribution.
+        media_folder: the media store, on a file system that every server's node sees.
+    """
+
+    model: ModelConfig
+    config: ReferenceConfig
+    deadlines: DeadlineConfig
+    temperature: float
+    media_folder: Path
+
+
+class ReferenceServer:
+    """One replica of the reference model."""
+
+    def __init__(self, spec: ReferenceSpec, device: str) -> None:
+        import torch
+
+        from actors.batches import TOKEN_FEATURES
+        from actors.model import load_model
+        from rollout.encoding import PromptEncoder
+        from rollout.media import MediaStore
+
+        torch.set_num_threads(spec.config.threads)
+        self.spec = spec
+        self._device = device
+        path = spec.config.path or spec.model.path
+        self._encoder = PromptEncoder.from_pretrained(path, MediaStore(spec.media_folder), spec.model.trust_remote_code)
+        self._model = load_model(spec.model, path).to(device).eval().requires_grad_(False)
+        self._token_features = TOKEN_FEATURES & set(self._encoder.filler().features)
+
+    def ready(self) -> None:
+        """Returns once the model is loaded."""
+
+    def log_probs(self, samples: list[TrainingSample]) -> list[NDArray[np.float32]]:
+        """Log-probabilities of the samples' completions, [tokens] float32 each, nats.
+
+        Raises:
+            FailureError: a sample can't be used (see :func:`actors.batches.expand_prompts`).
+        """
+        import torch
+
+        from actors.batches import expand_prompts, model_batch
+        from actors.model import completion_log_probs
+
+        prompts = expand_prompts(samples, self._encoder)
+        lengths = [sample.total_tokens for sample in samples]
+        result: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(samples)
+        for group in micro_batches(lengths, range(len(samples)), self.spec.config.micro_batch_tokens):
+            batch = model_batch(
+                [prompts[index] for index in group],
+                [samples[index].token_ids for index in group],
+                pad_token_id=self._encoder.tokenizer.pad_token_id or 0,
+                token_features=self._token_features,
+            )
+            with torch.no_grad():
+                outcome = completion_log_probs(
+                    self._model,
+                    batch.to(self._device),
+                    temperature=self.spec.temperature,
+                    banned_token_ids=self._encoder.banned_token_ids,
+                )
+            rows = outcome.log_probs.cpu().numpy()
+            for row, index in enumerate(group):
+                result[index] = rows[row, : len(samples[index].token_ids)].copy()
+        return result
+
+
+class ReferencePool:
+    """The driver's side of all replicas. Make it with :meth:`start`.
+
+    Calls raise :class:`FailureError`: a replica's own failure, INFRASTRUCTURE where one died (`reference_died`) or
+    didn't answer in time (`reference_timeout`), BUG where it raised (`reference_raised`).
+    """
+
+    def __init__(self, spec: ReferenceSpec, actors: Sequence[Any]) -> None:
+        self.spec = spec
+        self.actors = tuple(actors)
+
+    @classmethod
+    async def start(cls, spec: ReferenceSpec, share: Share | None = None) -> ReferencePool:
+        """Start all replicas and wait until their models are loaded. Ray must be initialised.
+
+        Args:
+            share: what each replica asks Ray for; with a GPU, it runs there.
+        """
+        share = share or Share()
+        device = "cuda" if share.num_gpus > 0 else "cpu"
+        server: Any = ray.remote(ReferenceServer).options(**share.options(spec.config.threads))
+        pool = cls(spec, [server.remote(spec, device) for _ in range(spec.config.replicas)])
+        try:
+            calls = {f"replica {index}": actor.ready.remote() for index, actor in enumerate(pool.actors)}
+            await gather(calls, ROLE, "start", spec.deadlines.start_s)
+        except BaseException:
+            await pool.stop()
+            raise
+        return pool
+
+    async def log_probs(self, samples: list[TrainingSample]) -> list[NDArray[np.float32]]:
+        """The reference's log-probabilities of the samples' completions, [tokens] float32 each, nats."""
+        shares = split_over_ranks([sample.total_tokens for sample in samples], len(self.actors))
+        indices = {f"replica {number}": share for number, share in enumerate(shares) if share}
+        calls = {
+            name: actor.log_probs.remote([samples[index] for index in indices[name]])
+            for name, actor in ((f"replica {number}", actor) for number, actor in enumerate(self.actors))
+            if name in indices
+        }
+        answers = await gather(calls, ROLE, "compute log-probabilities", self.spec.deadlines.update_s)
+        result: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(samples)
+        for name, share in indices.items():
+            for index, values in zip(share, answers[name], strict=True):
+                result[index] = values
+        return result
+
+    async def stop(self) -> None:
+        """End all replicas."""
+        for actor in self.actors:
+            with contextlib.suppress(ray.exceptions.RayError):  # it may be gone already
+                ray.kill(actor)

@@ -1,0 +1,392 @@
+"""One rank of the policy trainer: from samples to changed weights. No Ray here: `actors/policy.py` is the shell.
+
+The loss is a sum over the whole optimiser batch with global denominators, so that neither the number of ranks, nor
+micro-batches, nor ZeRO change the result. Every rank sees all samples and plans the same split; media are processed
+only where they are trained on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, distributed
+
+from actors.batches import (
+    TOKEN_FEATURES,
+    ModelBatch,
+    check_samples,
+    expand_prompts,
+    model_batch,
+    token_matrix,
+)
+from actors.calls import PEER_REFUSED
+from actors.engine import Engine, Place, join
+from actors.model import completion_log_probs, freeze, load_model
+from actors.schedule import learning_rate
+from algorithms.finite import NonFiniteError
+from algorithms.objective import Denominators, ObjectiveMetrics, TokenBatch, finish_metrics, objective
+from rollout.balance import micro_batches, padding_share, split_evenly, split_over_ranks
+from rollout.encoding import ExpandedPrompt, PromptEncoder
+from rollout.failures import Failure, FailureError, FailureKind
+from rollout.media import MediaStore
+from rollout.prompts import Message, Prompt, TextPart
+from rollout.samples import TrainingSample
+
+if TYPE_CHECKING:
+    from actors.policy import PolicySpec
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+STATE_TAG = "state"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What one rank does with one optimiser batch.
+
+    Attributes:
+        samples: the whole batch.
+        groups: this rank's micro-batches, as indices into it.
+        rounds: micro-batches of the rank that has most; the others run fillers, so that collectives match.
+        prompts: expanded prompts of this rank's samples, by index.
+        padding_share: of all ranks' padded tokens.
+    """
+
+    samples: list[TrainingSample]
+    groups: list[list[int]]
+    rounds: int
+    prompts: dict[int, ExpandedPrompt]
+    padding_share: float
+
+
+class RankTrainer:
+    """The model under training on one rank."""
+
+    def __init__(self, spec: PolicySpec, place: Place, store: distributed.Store | None = None) -> None:
+        self.spec = spec
+        self.place = place
+        self.applied_steps = 0
+        torch.set_num_threads(spec.trainer.threads)
+        torch.manual_seed(spec.seed + place.rank)
+        join(place, store, spec.deadlines.collective_s)
+        self.encoder = PromptEncoder.from_pretrained(
+            spec.model.path, MediaStore(spec.media_folder), spec.model.trust_remote_code
+        )
+        module = load_model(spec.model)
+        freeze(module, spec.model.freeze)
+        if spec.trainer.gradient_checkpointing:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.engine = Engine(module, spec.trainer, spec.model.precision, place)
+        self._filler = self.encoder.filler()
+        self._token_features = TOKEN_FEATURES & set(self._filler.features)
+        self._pad_token_id = self.encoder.tokenizer.pad_token_id or 0
+
+    @property
+    def module(self) -> Any:
+        """The Hugging Face model; its parameters are sharded under ZeRO-3."""
+        return self.engine.module
+
+    def update(self, samples: list[TrainingSample], kl_coefficient: float) -> dict[str, float]:
+        """One training step: `updates_per_step` optimiser steps over consecutive parts of the samples.
+
+        An optimiser step whose loss or gradient isn't finite is skipped on all ranks and counted in
+        `train/skipped_updates`.
+
+        Returns:
+            The objective's metrics (means over the optimiser steps that were applied, maxima of maxima), and
+            `grad_norm`, `learning_rate`, `tokens`, `trained_tokens`, `sequences`, `padding_share`,
+            `tokens_per_second`, `seconds`, `skipped_updates`, all under `train/`. The same on every rank, but for time.
+        Raises:
+            FailureError: the samples can't be trained on; nothing has changed.
+        """
+        started = time.perf_counter()
+        check_samples(samples, self.encoder.banned_token_ids)
+        parts = [samples[part.start : part.stop] for part in split_evenly(len(samples), self._updates_per_step)]
+        plans = self._agreed(lambda: [self._plan(part) for part in parts])
+        if len(plans) > 1 and samples[0].proximal_log_probs is None:
+            plans = [self._with_proximal(plan) for plan in plans]
+        self.module.train()
+        reports = [report for plan in plans if (report := self._optimise(plan, kl_coefficient)) is not None]
+        seconds = time.perf_counter() - started
+        tokens = sum(sample.total_tokens for sample in samples)
+        metrics = _merged(reports) | {
+            "learning_rate": self._learning_rate(max(0, self.applied_steps - 1)),
+            "tokens": float(tokens),
+            "trained_tokens": float(sum(int(sample.loss_mask.sum()) for sample in samples)),
+            "sequences": float(len(samples)),
+            "padding_share": sum(plan.padding_share for plan in plans) / len(plans),
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "skipped_updates": float(len(plans) - len(reports)),
+        }
+        return {f"train/{name}": value for name, value in metrics.items()}
+
+    def log_probs(self, samples: list[TrainingSample]) -> dict[int, NDArray[np.float32]]:
+        """Log-probabilities of this rank's share of the samples, by index, each [tokens] float32, nats.
+
+        Raises:
+            FailureError: as :meth:`update`.
+        """
+        check_samples(samples, self.encoder.banned_token_ids)
+        return self._log_probs(self._agreed(lambda: self._plan(samples)))
+
+    def save(self, folder: Path) -> None:
+        """Write everything the next update depends on, for :meth:`load`; all ranks write into the same folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.engine.engine.save_checkpoint(
+            str(folder), tag=STATE_TAG, client_state={"applied_steps": self.applied_steps}, save_latest=False
+        )
+        torch.save(_random_states(self.place), folder / f"random_{self.place.rank}.pt")
+
+    def load(self, folder: Path) -> None:
+        """Continue from :meth:`save`, with the same number of ranks and ZeRO stage.
+
+        Raises:
+            FailureError: `checkpoint_unreadable`.
+        """
+        random_file = folder / f"random_{self.place.rank}.pt"
+        if not random_file.exists():
+            raise FailureError(
+                Failure(
+                    FailureKind.DATA,
+                    "checkpoint_unreadable",
+                    f"{folder} holds no state of rank {self.place.rank} of {self.place.world_size}. "
+                    "Resume with as many trainer ranks as wrote it.",
+                )
+            )
+        path, client_state = self.engine.engine.load_checkpoint(str(folder), tag=STATE_TAG)
+        if path is None:
+            raise FailureError(
+                Failure(FailureKind.DATA, "checkpoint_unreadable", f"{folder} holds no trainer state to load.")
+            )
+        self.applied_steps = int(client_state["applied_steps"])
+        _restore_random_states(torch.load(random_file, weights_only=True), self.place)
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder with weights, processor and tokenizer; rank 0 writes, all ranks call."""
+        writes = self.place.rank == 0
+        weights: dict[str, Tensor] = {}
+        for name, parameter in self.engine.whole_parameters():
+            if writes:
+                weights[name] = parameter.to("cpu", copy=True)
+        if writes:
+            state = self.module.state_dict()
+            buffers = {name: state[name].cpu() for name in state.keys() - weights.keys()}
+            self.module.save_pretrained(folder, state_dict=weights | buffers)
+            self.encoder.save_pretrained(folder)
+        distributed.barrier()
+
+    @property
+    def _updates_per_step(self) -> int:
+        return self.spec.trainer.updates_per_step
+
+    def _learning_rate(self, step: int) -> float:
+        trainer = self.spec.trainer
+        return learning_rate(step, self.spec.total_updates, trainer.learning_rate, trainer.schedule)
+
+    def _plan(self, samples: list[TrainingSample]) -> Plan:
+        lengths = [sample.total_tokens for sample in samples]
+        shares = split_over_ranks(lengths, self.place.world_size)
+        groups = [micro_batches(lengths, share, self.spec.trainer.micro_batch_tokens) for share in shares]
+        own = shares[self.place.rank]
+        prompts = expand_prompts([samples[index] for index in own], self.encoder)
+        return Plan(
+            samples,
+            groups[self.place.rank],
+            rounds=max(map(len, groups)),
+            prompts=dict(zip(own, prompts, strict=True)),
+            padding_share=padding_share(lengths, [group for rank in groups for group in rank]),
+        )
+
+    def _agreed(self, action: Callable[[], T]) -> T:
+        """Run what may fail on one rank only, and fail on all, so that none waits for another in a collective."""
+        failure: FailureError | None = None
+        try:
+            result = action()
+        except FailureError as error:
+            failure = error
+        has_failed = torch.tensor([failure is not None], dtype=torch.int32, device=self.place.device)
+        distributed.all_reduce(has_failed, op=distributed.ReduceOp.MAX)
+        if failure is not None:
+            raise failure
+        if has_failed.item():
+            raise FailureError(Failure(FailureKind.BUG, PEER_REFUSED, "another trainer rank refused the samples"))
+        return result
+
+    def _optimise(self, plan: Plan, kl_coefficient: float) -> dict[str, float] | None:
+        """One optimiser step; its metrics, or None where it was skipped."""
+        tokens = sum(int(sample.loss_mask.sum()) for sample in plan.samples)
+        if tokens == 0:
+            logger.warning("optimiser step skipped: none of its %d samples has a trained token", len(plan.samples))
+            return None
+        denominators = Denominators(tokens, sum(bool(sample.loss_mask.any()) for sample in plan.samples))
+        parts = []
+        for turn in range(plan.rounds):
+            self.engine.begin_micro_batch(is_last=turn == plan.rounds - 1)
+            loss, metrics = self._loss(plan, turn, denominators, kl_coefficient)
+            self.engine.backward(loss)
+            if metrics is not None:
+                parts.append(metrics)
+        norm = self.engine.step(self._learning_rate(self.applied_steps))
+        report = self._reduced(parts, complete=len(parts) == plan.rounds)
+        if norm is None or report is None:
+            logger.warning("optimiser step skipped: its loss or gradient isn't finite")
+            return None
+        self.applied_steps += 1
+        return report | {"grad_norm": norm}
+
+    def _loss(
+        self, plan: Plan, turn: int, denominators: Denominators, kl_coefficient: float
+    ) -> tuple[Tensor, ObjectiveMetrics | None]:
+        """A micro-batch's part of the loss. NaN, without metrics, where the model's output isn't finite."""
+        algorithm = self.spec.algorithm
+        samples, batch = self._micro_batch(plan, turn)
+        outcome = completion_log_probs(
+            self.engine.engine,
+            batch,
+            temperature=self.spec.temperature,
+            banned_token_ids=self.encoder.banned_token_ids,
+            with_entropy=True,
+            entropy_gradient=algorithm.entropy_coefficient > 0,
+        )
+        tokens = _token_batch(samples, batch)
+        try:
+            return objective(outcome.log_probs, outcome.entropy, tokens, algorithm, denominators, kl_coefficient)
+        except NonFiniteError as error:
+            logger.warning("rank %d, micro-batch %d: %s", self.place.rank, turn, error)
+            # NaN gradients spread to every rank in the reduction, so that all skip the step together.
+            return outcome.log_probs.sum() * math.nan, None
+
+    def _micro_batch(self, plan: Plan, turn: int) -> tuple[list[TrainingSample], ModelBatch]:
+        """Samples and tensors of a micro-batch: this rank's next group, or a filler of zero weight."""
+        group = plan.groups[turn] if turn < len(plan.groups) else []
+        samples = [plan.samples[index] for index in group]
+        prompts = [plan.prompts[index] for index in group]
+        if not group or self._lacks_media(prompts):
+            samples.append(_filler_sample(self._filler, self.encoder.stop_token_ids, like=plan.samples[0]))
+            prompts.append(self._filler)
+        batch = model_batch(
+            prompts,
+            [sample.token_ids for sample in samples],
+            pad_token_id=self._pad_token_id,
+            token_features=self._token_features,
+        )
+        return samples, batch.to(self.place.device)
+
+    def _lacks_media(self, prompts: Iterable[ExpandedPrompt]) -> bool:
+        """Whether the vision tower would be left out, which ZeRO 2 and 3 can't bear when another rank runs it."""
+        return (
+            self.spec.trainer.zero_stage >= 2
+            and bool(self._filler.features)
+            and not any(prompt.features for prompt in prompts)
+        )
+
+    def _log_probs(self, plan: Plan) -> dict[int, NDArray[np.float32]]:
+        self.module.eval()
+        result: dict[int, NDArray[np.float32]] = {}
+        with torch.no_grad():
+            for turn in range(plan.rounds):
+                samples, batch = self._micro_batch(plan, turn)
+                outcome = completion_log_probs(
+                    self.engine.engine,
+                    batch,
+                    temperature=self.spec.temperature,
+                    banned_token_ids=self.encoder.banned_token_ids,
+                )
+                rows = outcome.log_probs.float().cpu().numpy()
+                group = plan.groups[turn] if turn < len(plan.groups) else []
+                for row, index in enumerate(group):
+                    result[index] = rows[row, : len(samples[row].token_ids)].copy()
+        return result
+
+    def _with_proximal(self, plan: Plan) -> Plan:
+        """The plan with the log-probabilities before the first of several optimiser steps."""
+        log_probs = self._log_probs(plan)
+        zeros = [np.zeros(len(sample.token_ids), np.float32) for sample in plan.samples]
+        samples = [
+            replace(sample, proximal_log_probs=log_probs.get(index, zeros[index]))
+            for index, sample in enumerate(plan.samples)
+        ]
+        return replace(plan, samples=samples)
+
+    def _reduced(self, parts: list[ObjectiveMetrics], *, complete: bool) -> dict[str, float] | None:
+        """Parts added up over micro-batches and ranks; None where a rank has none because of NaN."""
+        is_complete = torch.tensor([complete], dtype=torch.int32, device=self.place.device)
+        distributed.all_reduce(is_complete, op=distributed.ReduceOp.MIN)
+        if not is_complete.item():
+            return None
+        sums = {name: sum(float(part.sums[name]) for part in parts) for name in parts[0].sums}
+        maxima = {name: max(float(part.maxima[name]) for part in parts) for name in parts[0].maxima}
+        sums = self._over_ranks(sums, distributed.ReduceOp.SUM)
+        return finish_metrics(sums, self._over_ranks(maxima, distributed.ReduceOp.MAX))
+
+    def _over_ranks(self, values: dict[str, float], op: Any) -> dict[str, float]:
+        names = sorted(values)
+        tensor = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.place.device)
+        distributed.all_reduce(tensor, op=op)
+        return dict(zip(names, tensor.tolist(), strict=True))
+
+
+def _token_batch(samples: Sequence[TrainingSample], batch: ModelBatch) -> TokenBatch:
+    device = batch.tokens.device
+
+    def matrix(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        return token_matrix([getattr(sample, name) for sample in samples], batch.shape, dtype).to(device)
+
+    return TokenBatch(
+        matrix("loss_mask", torch.bool),
+        matrix("advantages"),
+        matrix("behaviour_log_probs"),
+        None if samples[0].proximal_log_probs is None else matrix("proximal_log_probs"),
+        None if samples[0].reference_log_probs is None else matrix("reference_log_probs"),
+    )
+
+
+def _filler_sample(filler: ExpandedPrompt, stop_token_ids: Sequence[int], like: TrainingSample) -> TrainingSample:
+    """One untrained token behind the filler prompt, with the same optional columns as the batch it joins."""
+    zero = np.zeros(1, np.float32)
+    return TrainingSample(
+        prompt=Prompt((Message("user", (TextPart("."),)),)),
+        prompt_token_ids=filler.token_ids,
+        token_ids=np.array(stop_token_ids[:1] or [0], np.int32),
+        loss_mask=np.zeros(1, np.bool_),
+        advantages=zero,
+        behaviour_log_probs=zero,
+        policy_versions=np.zeros(1, np.int32),
+        reference_log_probs=None if like.reference_log_probs is None else zero,
+        proximal_log_probs=None if like.proximal_log_probs is None else zero,
+    )
+
+
+def _merged(reports: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of several optimiser steps: the mean, or the maximum of what is a maximum."""
+    if not reports:
+        return {}
+    return {
+        name: max(report[name] for report in reports)
+        if name.startswith("max_")
+        else sum(report[name] for report in reports) / len(reports)
+        for name in reports[0]
+    }
+
+
+def _random_states(place: Place) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if place.device == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_random_states(states: dict[str, Tensor], place: Place) -> None:
+    torch.set_rng_state(states["cpu"])
+    if place.device == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
