@@ -76,6 +76,8 @@ class GeneratorConfig(BaseModel):
     gpu_memory_share: float = Field(0.85, gt=0.0, le=1.0, description="Share of a GPU's memory the engine may take.")
     enforce_eager: bool = Field(False, description="No CUDA graphs or compilation.")
     threads: int = Field(1, ge=1, description="Torch threads of the engine on CPU.")
+    prefix_caching: bool = Field(True, description="Share the KV cache of common prefixes, within one policy version.")
+    max_images: int = Field(8, ge=1, description="Images a prompt may hold.")
 
 
 class ReferenceConfig(BaseModel):
@@ -108,6 +110,7 @@ class DeadlineConfig(BaseModel):
 
     start_s: float = Field(600.0, gt=0.0, description="For an actor to be ready.")
     generate_s: float = Field(600.0, gt=0.0, description="For one group's generation.")
+    score_s: float = Field(300.0, gt=0.0, description="For one group's rewards, its wait for a worker included.")
     update_s: float = Field(1800.0, gt=0.0, description="For one training update.")
     sync_s: float = Field(300.0, gt=0.0, description="For one weight update to reach a generator.")
     collective_s: float = Field(600.0, gt=0.0, description="For one collective between trainer ranks.")

@@ -1,0 +1,151 @@
+"""Checkpoints: written beside, renamed when whole, and only then may an older one go."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+STATE = "state.json"
+POLICY = "policy"
+NAME = re.compile(r"step-(\d{6,})")
+
+
+class CheckpointError(Exception):
+    """A checkpoint can't be written or read; the message says which and what to do."""
+
+
+class BestMetric(BaseModel):
+    """The best evaluation so far and the step whose checkpoint holds it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    value: float
+    step: int
+
+
+class RunState(BaseModel):
+    """All that the driver has to know to go on, besides what the trainer's ranks save themselves.
+
+    Attributes:
+        version: policy version, which is the number of training steps done.
+        cursor: state of the prompt cursor, prompts of groups that were open given back.
+        kl_controller: state of the KL controller.
+        best: the best evaluation so far.
+        evaluated: the version last evaluated; -1 for none.
+        mlflow_run_id: MLflow run to go on with; None where the server was not reached yet.
+        rl_seconds: wall time of training steps so far, over all starts of the run.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int = Field(0, ge=0)
+    cursor: dict[str, Any] = Field(default_factory=dict)
+    kl_controller: dict[str, float] = Field(default_factory=dict)
+    best: BestMetric | None = None
+    evaluated: int = -1
+    mlflow_run_id: str | None = None
+    rl_seconds: float = 0.0
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, run_folder: Path, *, keep: int) -> None:
+        self.folder = run_folder / "checkpoints"
+        self.keep = keep
+
+    def whole(self) -> list[Path]:
+        """Every whole checkpoint, oldest step first. What a crash left half-written isn't one."""
+        found = [p for p in self.folder.glob("step-*") if NAME.fullmatch(p.name) and (p / STATE).is_file()]
+        return sorted(found, key=step_of)
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint."""
+        return next(reversed(self.whole()), None)
+
+    async def write(self, state: RunState, save_policy: Callable[[Path], Awaitable[None]]) -> Path:
+        """Write a checkpoint: policy first, state last, then one rename.
+
+        Raises:
+            CheckpointError: the disk refused; the half-written folder is removed and older checkpoints stay.
+        """
+        final = self.folder / f"step-{state.version:06d}"
+        if (final / STATE).is_file():
+            return final
+        temporary = self.folder / f".writing-{final.name}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            await save_policy(temporary / POLICY)
+            _write_durably(temporary / STATE, state.model_dump_json(indent=2))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            _sync_folder(self.folder)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(
+                f"{final}: can't be written ({error}); the checkpoints before it are whole"
+            ) from error
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self._prune(best=state.best.step if state.best else None)
+        return final
+
+    def _prune(self, best: int | None) -> None:
+        """Delete what is no longer kept; a deletion that fails costs disk, not the run."""
+        for path in self.whole()[: -self.keep]:
+            if step_of(path) != best:
+                with suppress(OSError):
+                    (path / STATE).unlink()  # first, so that a half-deleted one is never taken for whole
+                    shutil.rmtree(path)
+        for path in self._left_over():
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _left_over(self) -> Iterator[Path]:
+        yield from self.folder.glob(".writing-*")
+        yield from (p for p in self.folder.glob("step-*") if not (p / STATE).exists())
+
+
+def step_of(checkpoint: Path) -> int:
+    """The training step a checkpoint's folder is named for."""
+    match = NAME.fullmatch(checkpoint.name)
+    if match is None:
+        raise CheckpointError(f"{checkpoint}: not a checkpoint folder; they are named step-000123")
+    return int(match.group(1))
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """The driver's state in a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        return RunState.model_validate_json((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValidationError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint / STATE}: can't be read ({error}). Remove the folder to use an older one."
+        ) from error
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,85 @@
+"""The Ray cluster of a run, and how each role is started on it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from actors.config import DeadlineConfig
+from orchestrator.config import ClusterConfig, RoleResources
+from rollout.failures import Failure, FailureError, FailureKind
+
+logger = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Of a local cluster: what crosses it is token ids, never pixels or weights."""
+
+
+@contextlib.asynccontextmanager
+async def ray_cluster(config: ClusterConfig, deadlines: DeadlineConfig) -> AsyncIterator[None]:
+    """Ray for the length of a run: a cluster of its own on this machine, or the one the recipe names.
+
+    A local cluster ends with the run, with every process it started; of a running one only this run's actors end.
+
+    Raises:
+        FailureError: of kind infrastructure: Ray didn't start, or didn't answer, in time.
+    """
+    import ray
+
+    where = config.address or "a local cluster"
+    try:
+        await asyncio.wait_for(asyncio.to_thread(_connect, config), deadlines.start_s)
+    except (TimeoutError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+        ray.shutdown()
+        message = f"Ray ({where}) can't be used: {type(error).__name__} {error}. Is cluster.address right?"
+        raise FailureError(Failure(FailureKind.INFRASTRUCTURE, "ray_unavailable", message)) from error
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(ray.shutdown)
+
+
+def _connect(config: ClusterConfig) -> None:
+    import ray
+
+    if config.address is not None:
+        ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    roles = (config.policy, config.generator, config.reference, config.reward)
+    ray.init(
+        address="local",  # never the cluster that an environment variable or an earlier start points to
+        num_cpus=max(1, round(sum(role.cpus for role in roles))),
+        resources=_custom(roles) or None,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        # Idle workers that nobody will use would compete with the actors' start for the cores.
+        _system_config={"enable_worker_prestart": False, "prestart_worker_first_driver": False},
+    )
+
+
+def _custom(roles: tuple[RoleResources, ...]) -> dict[str, float]:
+    """Custom resources that a local cluster has to offer so that recipes for a real one run on it too."""
+    offered: dict[str, float] = {}
+    for role in roles:
+        for name, amount in role.custom.items():
+            offered[name] = offered.get(name, 0.0) + amount * MAX_LOCAL_ACTORS
+    return offered
+
+
+MAX_LOCAL_ACTORS = 64
+"""Actors of a role that may share one machine."""
+
+
+def session_logs() -> Path | None:
+    """Folder of the Ray session's logs, where an actor's own last words are."""
+    import ray
+
+    if not ray.is_initialized():
+        return None
+    session = ray._private.worker.global_worker.node.get_session_dir_path()
+    return Path(session) / "logs"

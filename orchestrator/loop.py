@@ -1,0 +1,232 @@
+"""The training loop. Synchronous training is this loop with `rollout.max_staleness: 0`.
+
+One step: collect a batch of scored groups, hold it against the reference, estimate advantages, update the policy,
+publish the new version to the generators. Generation of later batches goes on beside all that, as far as the staleness
+bound allows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from actors.policy import PolicyGroup
+from actors.reference import ReferencePool
+from algorithms.kl import AdaptiveKL, FixedKL
+from orchestrator.checkpoints import BestMetric, Checkpoints, RunState
+from orchestrator.config import Config
+from orchestrator.evaluation import evaluate
+from orchestrator.fleet import GeneratorFleet
+from orchestrator.journal import Journal
+from orchestrator.learning import as_samples, batch_metrics, with_advantages, with_proximal, with_reference
+from orchestrator.mismatch import alarm, compare
+from orchestrator.record import sample_rows
+from orchestrator.rollouts import Batch, Rollouts, dropped_metrics
+from orchestrator.scorer import Scorer
+from orchestrator.stopwatch import Stopwatch
+from rollout.cursor import PromptCursor
+from rollout.failures import Failure, FailureError, FailureKind
+from rollout.prompts import Prompt
+from rollout.samples import TrainingSample
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass
+class Training:
+    """One run: its voices, where it stands, and what it tells.
+
+    Attributes:
+        config: the resolved recipe.
+        policy, fleet, reference, scorer: the roles; no reference where the KL has no weight.
+        rollouts: keeps the groups moving.
+        cursor: where training stands in its prompts.
+        held_out: prompts of the evaluation; empty for none.
+        canaries: a few prompts by which trainer and generators are compared.
+        controller: the KL's weight.
+        state: what a checkpoint keeps.
+        checkpoints, journal: where the run is kept and told.
+    """
+
+    config: Config
+    policy: PolicyGroup
+    fleet: GeneratorFleet
+    reference: ReferencePool | None
+    scorer: Scorer
+    rollouts: Rollouts
+    cursor: PromptCursor
+    held_out: list[Prompt]
+    canaries: list[Prompt]
+    controller: FixedKL | AdaptiveKL
+    state: RunState
+    checkpoints: Checkpoints
+    journal: Journal
+    canary: asyncio.Task[dict[str, float]] | None = field(default=None, init=False)
+
+    async def train(self) -> None:
+        """From the state's version to the last step.
+
+        Raises:
+            FailureError: a role was lost or a budget spent; the state is that of the last whole step.
+        """
+        await self.publish()
+        await self.review()
+        while self.state.version < self.config.trainer.steps:
+            watch = Stopwatch()
+            batch = await self.rollouts.collect()
+            watch.add("generate", batch.generate_s)
+            watch.add("score", batch.score_s)
+            with watch("reference"):
+                samples = await self.appraise(batch)
+            with watch("learn"):
+                learned = await uninterrupted(self.learn(samples))
+            with watch("sync"):
+                learned |= await self.publish()
+            learned |= self.agreement(learned)
+            self.tell(batch, samples, learned | watch.metrics())
+            await self.review()
+
+    def is_due(self, every_steps: int) -> bool:
+        """Whether something done at the start, every so many steps, and at the end, is due now."""
+        version = self.state.version
+        return version in (0, self.config.trainer.steps) or bool(every_steps and version % every_steps == 0)
+
+    async def review(self) -> None:
+        """Evaluate and write a checkpoint where they are due; a checkpoint also of each new best."""
+        best_before, watch = self.state.best, Stopwatch()
+        if self.is_due(self.config.evaluation.every_steps) and self.state.evaluated < self.state.version:
+            with watch("evaluate"):
+                await self.evaluate()
+            self.state.evaluated = self.state.version
+        is_new_best = self.state.best != best_before
+        if self.state.version > 0 and (is_new_best or self.is_due(self.config.checkpoint.every_steps)):
+            with watch("checkpoint"):
+                await uninterrupted(self.checkpoint())
+        self.journal.more(self.state.version, watch.named())
+
+    async def appraise(self, batch: Batch) -> list[TrainingSample]:
+        """The batch as training samples: reference log-probabilities, then advantages."""
+        samples = as_samples(batch.groups)
+        if self.reference is not None:
+            samples = with_reference(samples, await self.reference.log_probs(samples))
+        if self.config.trainer.updates_per_step > 1:
+            samples = with_proximal(samples, await self.policy.log_probs(samples))
+        return with_advantages(samples, batch.groups, self.config.algorithm, self.controller.coefficient)
+
+    async def learn(self, samples: list[TrainingSample]) -> dict[str, float]:
+        """One policy update, and everything that must change together with it."""
+        coefficient = self.controller.coefficient
+        seen = await self.take_canary()
+        metrics = await self.policy.update(samples, kl_coefficient=coefficient)
+        self.state.version += 1
+        self.rollouts.learned()
+        self.controller = self.controller.update(metrics.get("train/kl_reference", 0.0))
+        return metrics | seen | {"train/kl_coefficient": coefficient}
+
+    async def publish(self) -> dict[str, float]:
+        """Bring the current version to every generator; the next batch may be admitted then."""
+        offer = await self.policy.publish(self.state.version)
+        published = await self.fleet.publish(offer)
+        self.rollouts.admit()
+        if self.config.rollout.max_staleness > 0:
+            sampling, version = self.config.rollout.sampling, self.state.version
+            self.canary = asyncio.create_task(compare(self.fleet, self.policy, self.canaries, sampling, version))
+        return {
+            "weights/version": float(published.version),
+            "weights/verified_version": float(self.fleet.served_version),
+            "weights/delivered": float(published.delivered),
+            "weights/bytes": float(published.bytes),
+            "weights/transfer_s": published.transfer_s,
+            "weights/load_s": published.load_s,
+            "weights/pause_s": published.pause_s,
+        }
+
+    async def take_canary(self) -> dict[str, float]:
+        """What the canary of the version still current found; it must be in before that version is gone."""
+        canary, self.canary = self.canary, None
+        return await canary if canary is not None else {}
+
+    def agreement(self, metrics: dict[str, float]) -> dict[str, float]:
+        """How far trainer and generators agree; an alarm where it is not far enough.
+
+        Raises:
+            FailureError: weights.on_alarm = stop, and they disagree.
+        """
+        names = ("mismatch_kl", "max_logprob_gap")
+        found = {f"rollout/{n}": metrics.get(f"rollout/{n}", metrics.get(f"train/{n}", 0.0)) for n in names}
+        said = alarm(found, self.config.weights)
+        if said is not None:
+            self.journal.event("alarm", version=self.state.version - 1, why=said)
+            if self.config.weights.on_alarm == "stop":
+                raise FailureError(Failure(FailureKind.BUG, "mismatch_alarm", said))
+        return found
+
+    def tell(self, batch: Batch, samples: list[TrainingSample], metrics: dict[str, float]) -> None:
+        """Record one step."""
+        step = self.state.version
+        metrics |= batch_metrics(batch.groups, step - 1) | dropped_metrics(batch.dropped)
+        metrics["rollout/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
+        metrics["rollout/completions_per_s"] = metrics["rollout/completions"] / metrics["time/step_s"]
+        self.state.rl_seconds += metrics["time/step_s"]
+        self.journal.step(step, metrics)
+        if self.journal.wants_samples(step):
+            size = self.config.rollout.group_size
+            by_sample = [float(s.advantages[0]) if len(s.advantages) else 0.0 for s in samples]
+            rows = [
+                row
+                for index, group in enumerate(batch.groups)
+                for row in sample_rows(group, by_sample[index * size : (index + 1) * size])[:2]
+            ]
+            self.journal.samples(step, rows[: self.config.tracking.samples])
+
+    async def evaluate(self) -> None:
+        """Evaluate the current version on held-out prompts, in every mode of the recipe."""
+        settings, version = self.config.evaluation, self.state.version
+        is_edge = version in (0, self.config.trainer.steps)
+        prompts = self.held_out if is_edge else self.held_out[: settings.prompts]
+        if not prompts:
+            return
+        for mode in settings.modes:
+            found = await evaluate(
+                self.fleet,
+                self.scorer,
+                prompts,
+                settings.sampling,
+                mode,
+                version=version,
+                seed=self.config.run.seed,
+                shown=self.config.tracking.samples,
+            )
+            self.journal.evaluation(found)
+            value = found.metrics().get(self.config.checkpoint.metric)
+            if value is not None and (self.state.best is None or value > self.state.best.value):
+                self.state.best = BestMetric(value=value, step=version)
+
+    async def stop(self) -> None:
+        """Stop generation; what is open is dropped from the account as such."""
+        if self.canary is not None:
+            self.canary.cancel()
+            await asyncio.gather(self.canary, return_exceptions=True)
+        await self.rollouts.stop()
+
+    async def checkpoint(self) -> None:
+        """Write where the run stands, so that it can go on from exactly here."""
+        self.state.cursor = self.cursor.state(self.rollouts.open_prompts)
+        self.state.kl_controller = self.controller.state()
+        self.state.mlflow_run_id = self.journal.tracker.run_id
+        path = await self.checkpoints.write(self.state, self.policy.save)
+        self.journal.event("checkpoint", step=self.state.version, path=str(path))
+
+
+async def uninterrupted(act: Coroutine[Any, Any, T]) -> T:
+    """Let an act end that would leave things half-done, even if the run is being stopped; then stop."""
+    task = asyncio.ensure_future(act)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise

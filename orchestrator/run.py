@@ -1,0 +1,222 @@
+"""A run from start to end: opens the run folder, starts the voices, trains, and leaves everything in order.
+
+The functions named like the commands (`train`, `sft`, `evaluate`, `export`) return the command's exit code: 0 for done,
+1 for a run that failed with a verdict, 130 for one that was stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.checkpoints import POLICY, CheckpointError, Checkpoints, RunState, read_state, step_of
+from orchestrator.cluster import ray_cluster
+from orchestrator.config import Config, SFTConfig
+from orchestrator.evaluation import evaluate as evaluate_prompts
+from orchestrator.journal import Journal
+from orchestrator.progress import Progress
+from orchestrator.recipe import load_config, save_config
+from orchestrator.record import Record
+from orchestrator.start import load_data, start_policy, start_training, start_voices
+from orchestrator.tracking import RunStatus, Tracker
+from rollout.failures import Failure, FailureError, FailureKind
+from rollout.media import MediaStore
+
+if TYPE_CHECKING:
+    from orchestrator.loop import Training
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+STATUS: dict[int, RunStatus] = {DONE: "FINISHED", FAILED: "FAILED", INTERRUPTED: "KILLED"}
+CHECKPOINT_S = 20.0
+"""What a last checkpoint may take on top of `deadlines.stop_s` when a run is cut short."""
+
+
+def train(config: Config, *, resume: bool) -> int:
+    """`counterpoint train`."""
+    return _supervised_by_signals(_train(config, resume=resume))
+
+
+def evaluate(config: Config, checkpoint: Path | None) -> int:
+    """`counterpoint evaluate`: the recipe's model, or one of its checkpoints, on the held-out prompts."""
+    return _supervised_by_signals(_evaluate(config, checkpoint))
+
+
+def export(run_folder: Path, out: Path) -> int:
+    """`counterpoint export`: the newest checkpoint of a run as a Hugging Face folder."""
+    return _supervised_by_signals(_export(run_folder, out))
+
+
+def sft(config: SFTConfig) -> int:
+    """`counterpoint sft`."""
+    from orchestrator.supervised import fine_tune
+
+    return _supervised_by_signals(fine_tune(config))
+
+
+def _supervised_by_signals(run: Coroutine[Any, Any, int]) -> int:
+    """Run to the end. The first Ctrl-C (or SIGTERM) cancels the run, which then leaves a checkpoint."""
+
+    async def main() -> int:
+        task = asyncio.ensure_future(run)
+        loop = asyncio.get_running_loop()
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(sign, task.cancel)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            return INTERRUPTED
+
+    return asyncio.run(main())
+
+
+async def _train(config: Config, *, resume: bool) -> int:
+    checkpoints = Checkpoints(config.run.folder, keep=config.checkpoint.keep)
+    checkpoint = checkpoints.latest() if resume else None
+    state = read_state(checkpoint) if checkpoint else RunState()
+    with open_journal(config, state, is_resumed=checkpoint is not None) as journal:
+        outcome, verdict = FAILED, "failed"
+        try:
+            async with start_training(config, state, checkpoints, journal, checkpoint) as training:
+                await _to_the_end(training)
+            outcome, verdict = DONE, "done"
+        except FailureError as error:
+            verdict = f"stopped at version {state.version}: {error}"
+        except asyncio.CancelledError:
+            outcome, verdict = INTERRUPTED, f"interrupted at version {state.version}; go on with --resume"
+        finally:
+            await asyncio.to_thread(finish_records, config, journal, state, outcome, verdict)
+    return outcome
+
+
+async def _to_the_end(training: Training) -> None:
+    """Train; whatever ends it, leave a whole checkpoint of the last whole step."""
+    config, journal, state = training.config, training.journal, training.state
+    try:
+        await training.train()
+    except (FailureError, asyncio.CancelledError) as error:
+        journal.record.event("stopped", step=state.version, why=str(error) or "interrupted")
+        # The trainer may be what was lost; then the last checkpoint stands.
+        with contextlib.suppress(FailureError, CheckpointError, TimeoutError):
+            async with asyncio.timeout(config.deadlines.stop_s + CHECKPOINT_S):
+                await training.checkpoint()
+        raise
+    if config.checkpoint.export:
+        journal.progress.phase("exporting the policy")
+        await training.policy.export(config.run.folder / "export")
+
+
+@contextlib.contextmanager
+def open_journal(config: Config, state: RunState, *, is_resumed: bool) -> Iterator[Journal]:
+    """Record, MLflow and terminal of a run, closed at the end whatever happens."""
+    folder = config.run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / "config.yaml")
+    tracker = Tracker.start(
+        config.tracking, folder, config.run.name, config.model_dump(mode="json"), state.mlflow_run_id
+    )
+    record = Record(folder, resume_step=state.version if is_resumed else None)
+    with tracker, record, Progress(config.trainer.steps, first_step=state.version) as progress:
+        if not is_resumed:
+            record.event("started", step=state.version, seed=config.run.seed)
+        tracker.artifact(folder / "config.yaml")
+        yield Journal(config.tracking, record, tracker, progress, MediaStore(folder / "media"))
+
+
+def finish_records(config: Config, journal: Journal, state: RunState, outcome: int, verdict: str) -> None:
+    """Close the account of a run: the last event, the report, MLflow's status, and the last words on the terminal."""
+    from orchestrator.report import write_report
+
+    folder = config.run.folder
+    journal.event("finished", status=STATUS[outcome], step=state.version, verdict=verdict)
+    report = write_report(folder)
+    for path in (report, folder / "summary.json", folder / "plots"):
+        if path.exists():
+            journal.tracker.artifact(path)
+    status = journal.tracker.finish(STATUS[outcome])
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    journal.progress.finish(last_words(summary, verdict, report, status.run_id))
+
+
+def last_words(summary: dict[str, Any], verdict: str, report: Path, run_id: str | None) -> dict[str, str]:
+    """What the terminal says at the end."""
+    words = {"verdict": verdict}
+    for mode, before in summary["eval"]["before"].items():
+        after = summary["eval"]["after"].get(mode)
+        if after is not None:
+            words[f"{mode} evaluation"] = f"{_interval(before)} → {_interval(after)} of {after['n']} held-out prompts"
+    groups = summary["groups"]
+    if groups:
+        dropped = sum(groups["dropped"].values())
+        words["groups"] = f"{groups['admitted']} admitted = {groups['consumed']} learned from + {dropped} dropped"
+        words["groups"] += f" + {groups['open']} open"
+    words["training"] = f"{summary['steps']} steps in {summary['rl_seconds']:.0f} s"
+    words["report"] = str(report)
+    if run_id is not None:
+        words["MLflow run"] = run_id
+    return words
+
+
+def _interval(found: dict[str, Any]) -> str:
+    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+async def _evaluate(config: Config, checkpoint: Path | None) -> int:
+    """Every mode of the recipe on every held-out prompt, printed as a table and written to the run folder."""
+    from rich.console import Console
+    from rich.table import Table
+
+    media = MediaStore(config.run.folder / "media")
+    data = load_data(config, media, None)
+    if data.held_out is None:
+        message = "the recipe has no data.evaluation, so there is nothing to evaluate on"
+        raise FailureError(Failure(FailureKind.DATA, "no_held_out_prompts", message))
+    table = Table("mode", "reward", "95% interval", "prompts", "failed", "tokens")
+    log = logging.getLogger("counterpoint.evaluate")
+    async with (
+        ray_cluster(config.cluster, config.deadlines),
+        start_voices(config, media.folder, lambda kind, **facts: log.warning("%s %s", kind, facts)) as voices,
+    ):
+        version = 0
+        if checkpoint is not None:
+            await voices.policy.load(checkpoint / POLICY)
+            version = step_of(checkpoint)
+        await voices.fleet.publish(await voices.policy.publish(version))
+        for mode in config.evaluation.modes:
+            found = await evaluate_prompts(
+                voices.fleet,
+                voices.scorer,
+                data.held_out.prompts,
+                config.evaluation.sampling,
+                mode,
+                version=version,
+                seed=config.run.seed,
+                shown=0,
+            )
+            result, failed = found.result, sum(found.failed.values())
+            interval = f"{result.low:.3f} to {result.high:.3f}"
+            table.add_row(
+                mode, f"{result.reward:.3f}", interval, str(result.n), str(failed), f"{result.mean_tokens:.1f}"
+            )
+    Console().print(table)
+    return DONE
+
+
+async def _export(run_folder: Path, out: Path) -> int:
+    config: Config = load_config(run_folder / "config.yaml", ())
+    checkpoint = Checkpoints(run_folder, keep=config.checkpoint.keep).latest()
+    if checkpoint is None:
+        raise CheckpointError(f"{run_folder} has no whole checkpoint to export")
+    async with ray_cluster(config.cluster, config.deadlines):
+        policy = await start_policy(config, run_folder / "media")
+        try:
+            await policy.load(checkpoint / POLICY)
+            await policy.export(out)
+        finally:
+            await policy.stop()
+    return DONE

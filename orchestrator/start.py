@@ -1,0 +1,238 @@
+"""How a run's voices come to be: each role from its part of the configuration, all of them side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actors.calls import Share
+from orchestrator.checkpoints import POLICY, Checkpoints, RunState
+from orchestrator.cluster import ray_cluster
+from orchestrator.config import Config, RoleResources
+from orchestrator.fleet import GeneratorFleet
+from orchestrator.journal import Journal
+from orchestrator.rollouts import Rollouts
+from orchestrator.scorer import Scorer
+from rollout.cursor import PromptCursor
+from rollout.datasets import PromptSet, load_prompts
+from rollout.ledger import Ledger
+from rollout.media import MediaStore
+from rollout.user_code import import_modules
+
+if TYPE_CHECKING:
+    from actors.generator_handle import GeneratorHandle
+    from actors.policy import PolicyGroup
+    from actors.reference import ReferencePool
+    from actors.reward import RewardHandle
+    from orchestrator.loop import Training
+
+logger = logging.getLogger(__name__)
+CANARIES = 4
+
+
+@dataclass(frozen=True)
+class Data:
+    """The prompts of a run."""
+
+    train: PromptSet
+    held_out: PromptSet | None
+
+
+@dataclass(frozen=True)
+class Voices:
+    """The roles of a run, started."""
+
+    policy: PolicyGroup
+    fleet: GeneratorFleet
+    reference: ReferencePool | None
+    scorer: Scorer
+
+
+def load_data(config: Config, media: MediaStore, journal: Journal | None) -> Data:
+    """Training and held-out prompts; rows that can't be used are reported, by reason."""
+    import_modules(config.data.modules)
+    sets = [load_prompts(config.data.train, media, base=Path.cwd())]
+    if config.data.evaluation is not None:
+        sets.append(load_prompts(config.data.evaluation, media, base=Path.cwd()))
+    for prompts, context in zip(sets, ("training", "evaluation"), strict=False):
+        if journal is None:
+            continue
+        journal.tracker.dataset(prompts.name, prompts.digest, len(prompts), context, prompts.source)
+        if prompts.quarantined:
+            journal.event("rows_quarantined", dataset=prompts.name, **prompts.quarantined_by_reason)
+    return Data(sets[0], sets[1] if len(sets) > 1 else None)
+
+
+@contextlib.asynccontextmanager
+async def start_training(
+    config: Config, state: RunState, checkpoints: Checkpoints, journal: Journal, checkpoint: Path | None
+) -> AsyncIterator[Training]:
+    """Everything a training run needs, from Ray to the ledger; all of it is stopped at the end.
+
+    Args:
+        checkpoint: the checkpoint to go on from, whose driver's state is `state`; None starts anew.
+    """
+    journal.progress.phase("starting Ray, loading prompts")
+    media = MediaStore(config.run.folder / "media")
+    data_loading = asyncio.create_task(asyncio.to_thread(load_data, config, media, journal))
+    async with ray_cluster(config.cluster, config.deadlines):
+        journal.progress.phase("starting trainer, generators, reference and reward server")
+        async with start_voices(config, media.folder, journal.event) as voices:
+            data = await data_loading
+            if checkpoint is not None:
+                await voices.policy.load(checkpoint / POLICY)
+            with Ledger(config.run.folder / "ledger.db") as ledger:
+                ledger.recover(at_s=time.time())
+                training = _training(config, state, checkpoints, journal, voices, data, ledger)
+                try:
+                    yield training
+                finally:
+                    await training.stop()
+
+
+def _training(
+    config: Config,
+    state: RunState,
+    checkpoints: Checkpoints,
+    journal: Journal,
+    voices: Voices,
+    data: Data,
+    ledger: Ledger,
+) -> Training:
+    from algorithms.kl import make_kl_controller
+    from orchestrator.loop import Training
+
+    prompts = data.train
+    cursor = (
+        PromptCursor.restore(prompts, state.cursor) if state.cursor else PromptCursor(prompts, seed=config.run.seed)
+    )
+    rollouts = Rollouts(
+        config.rollout,
+        steps=config.trainer.steps,
+        first_step=state.version,
+        seed=config.run.seed,
+        cursor=cursor,
+        fleet=voices.fleet,
+        scorer=voices.scorer,
+        ledger=ledger,
+        on_event=journal.event,
+    )
+    return Training(
+        config,
+        voices.policy,
+        voices.fleet,
+        voices.reference,
+        voices.scorer,
+        rollouts,
+        cursor,
+        list(data.held_out.prompts) if data.held_out else [],
+        list(prompts.prompts[:CANARIES]),
+        make_kl_controller(config.algorithm.kl, state.kl_controller or None),
+        state,
+        checkpoints,
+        journal,
+    )
+
+
+@contextlib.asynccontextmanager
+async def start_voices(config: Config, media_folder: Path, on_event: Callable[..., None]) -> AsyncIterator[Voices]:
+    """Start every role side by side; stop every one of them at the end, also those of a start that failed.
+
+    Raises:
+        FailureError: a role didn't start; says which and why.
+    """
+    fleet = GeneratorFleet(lambda name: start_generator(config, media_folder, name), config.deadlines.start_s, on_event)
+    scorer = Scorer(
+        lambda: start_reward(config, media_folder),
+        deadline_s=config.deadlines.score_s,
+        stop_s=config.deadlines.stop_s,
+        on_event=on_event,
+    )
+    starts = [
+        asyncio.create_task(start_policy(config, media_folder)),
+        asyncio.create_task(start_reference(config, media_folder)),
+        asyncio.create_task(fleet.start(config.generator.replicas)),
+        asyncio.create_task(scorer.start()),
+    ]
+    try:
+        policy, reference, _, _ = await asyncio.gather(*starts)
+        yield Voices(policy, fleet, reference, scorer)
+    finally:
+        for start in starts:
+            start.cancel()
+        await asyncio.gather(*starts, return_exceptions=True)
+        started = [
+            task.result() for task in starts[:2] if task.done() and not task.cancelled() and not task.exception()
+        ]
+        stops = [voice.stop() for voice in (*started, fleet, scorer) if voice is not None]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2 * config.deadlines.stop_s):
+                await asyncio.gather(*stops, return_exceptions=True)
+
+
+def share(role: RoleResources) -> Share:
+    """What an actor of a role asks Ray for."""
+    return Share(role.cpus, role.gpus, role.custom)
+
+
+async def start_policy(config: Config, media_folder: Path) -> PolicyGroup:
+    """The trainer's ranks."""
+    from actors.policy import PolicyGroup, PolicySpec
+
+    spec = PolicySpec(
+        model=config.model,
+        trainer=config.trainer,
+        algorithm=config.algorithm,
+        deadlines=config.deadlines,
+        temperature=config.rollout.sampling.temperature,
+        media_folder=media_folder.resolve(),
+        seed=config.run.seed,
+        total_updates=config.trainer.steps * config.trainer.updates_per_step,
+    )
+    return await PolicyGroup.start(spec, share(config.cluster.policy))
+
+
+async def start_reference(config: Config, media_folder: Path) -> ReferencePool | None:
+    """The reference servers; None where the KL has no weight."""
+    if config.algorithm.kl.coefficient == 0:
+        return None
+    from actors.reference import ReferencePool, ReferenceSpec
+
+    spec = ReferenceSpec(
+        model=config.model,
+        config=config.reference,
+        deadlines=config.deadlines,
+        temperature=config.rollout.sampling.temperature,
+        media_folder=media_folder.resolve(),
+    )
+    return await ReferencePool.start(spec, share(config.cluster.reference))
+
+
+async def start_generator(config: Config, media_folder: Path, name: str) -> GeneratorHandle:
+    """One generator."""
+    from actors.generator import GeneratorSpec
+    from actors.generator_handle import GeneratorHandle
+
+    spec = GeneratorSpec(
+        model=config.model,
+        config=config.generator,
+        deadlines=config.deadlines,
+        media_folder=media_folder.resolve(),
+        name=name,
+        seed=config.run.seed,
+    )
+    return await GeneratorHandle.start(spec, share(config.cluster.generator))
+
+
+async def start_reward(config: Config, media_folder: Path) -> RewardHandle:
+    """The reward server."""
+    from actors.reward import RewardSpec, start_reward_server
+
+    spec = RewardSpec(config.reward, media_folder.resolve())
+    return await start_reward_server(spec, share(config.cluster.reward), deadline_s=config.deadlines.start_s)
