@@ -209,7 +209,9 @@ def _refuse(message: str) -> NoReturn:
 
 def _say(severity: str, message: str) -> None:
     colour = "red" if severity == "error" else "yellow"
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold {colour}]{severity}:[/] {escape(message)}")
+    Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False).print(
+        f"[bold {colour}]{severity}:[/] {escape(message)}"
+    )
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from orchestrator.checkpoints import Checkpoints, step_of
 from orchestrator.combinations import warnings
 from orchestrator.config import Config, SFTConfig
 from orchestrator.model_folder import ModelFolder, inspect_model_folder
+from orchestrator.record import METRICS
 from reward.registry import UnknownRewardError, get_reward_function
 from rollout.config import DatasetConfig
 from rollout.datasets import DatasetError, PromptSet, load_prompts
@@ -29,6 +30,8 @@ from rollout.media import MediaStore
 from rollout.user_code import UserCodeError, import_modules
 
 GIB = 1 << 30
+SAVED_CONFIG = "config.yaml"
+"""The resolved configuration, which every run writes into its folder first."""
 CONNECT_DEADLINE_S = 5.0
 PEEK_PROMPTS = 8
 PROCESS_BYTES = GIB
@@ -178,8 +181,7 @@ def _check_algorithm(config: Config) -> list[Finding]:
 def _check_run_folder(config: Config | SFTConfig, resume: bool) -> Iterator[Finding]:
     folder = config.run.folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=_existing(folder)):
             pass
     except OSError as error:
         yield Finding("error", f"run.folder = {folder} can't be written to ({error.strerror}). Choose another.")
@@ -187,21 +189,39 @@ def _check_run_folder(config: Config | SFTConfig, resume: bool) -> Iterator[Find
     if isinstance(config, SFTConfig):
         return
     latest = Checkpoints(folder, keep=config.checkpoint.keep).latest()
-    if resume and latest is None:
-        yield Finding(
-            "error", f"--resume: {folder} holds no whole checkpoint to go on from. Leave --resume out to start anew."
-        )
-    elif latest is not None and not resume:
+    if latest is None:
+        yield from _check_beginning(folder, resume)
+    elif not resume:
         yield Finding(
             "error",
             f"run.folder = {folder} already holds a run (checkpoint of step {step_of(latest)}). Continue it with "
             "--resume, or choose another run.folder.",
         )
-    elif latest is not None and step_of(latest) >= config.trainer.steps:
+    elif step_of(latest) >= config.trainer.steps:
         yield Finding(
             "warning",
             f"--resume: the run is already at step {step_of(latest)} of trainer.steps = {config.trainer.steps}. "
             "Raise trainer.steps to train on.",
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _check_beginning(folder: Path, resume: bool) -> Iterator[Finding]:
+    """What stands in the way of beginning at step 0."""
+    metrics = folder / METRICS
+    if resume and not (folder / SAVED_CONFIG).is_file():
+        yield Finding("error", f"--resume: {folder} holds no run to go on with. Leave --resume out to start one.")
+    elif resume:
+        yield Finding("warning", f"--resume: the run in {folder} left no checkpoint, so it starts over.")
+    elif metrics.is_file() and metrics.stat().st_size > 0:
+        yield Finding(
+            "error",
+            f"run.folder = {folder} already holds a run, which left no checkpoint. Start it over with --resume, or "
+            "choose another run.folder.",
         )
 
 
@@ -210,13 +230,11 @@ def _value_bytes(config: ModelConfig) -> int:
 
 
 def _check_disk(config: Config | SFTConfig, model: ModelFolder) -> Iterator[Finding]:
-    if not config.run.folder.is_dir():
-        return
     weights = model.parameters * _value_bytes(config.model)
     checkpoint = weights + model.parameters * 12  # float32 parameters and AdamW's two moments
     kept = config.checkpoint.keep + 2 if isinstance(config, Config) else 0  # the best, and the one being written
     needed = kept * checkpoint + weights
-    free = shutil.disk_usage(config.run.folder).free
+    free = shutil.disk_usage(_existing(config.run.folder)).free
     if free < needed:
         yield Finding(
             "error",

@@ -155,8 +155,9 @@ class Progress:
             waited = _duration(self._clock() - since)
             table.add_row("now", Text.assemble((name, "cyan"), f" for {waited}"))
         bar = Table.grid(padding=(0, 2, 0, 0))
+        width = min(max(self._console.width - 66, 8), 32)
         rest = f"{self._done}/{self._total}  {self._rate()}{elapsed} elapsed, {self._left()} left"
-        bar.add_row(ProgressBar(total=self._total, completed=self._done, width=24), rest)
+        bar.add_row(ProgressBar(total=self._total, completed=self._done, width=width), rest)
         table.add_row("step", bar)
         if self._metrics:
             table.add_row("reward", self._reward())

@@ -191,8 +191,17 @@ def test_an_existing_run_is_not_overwritten(tree: dict[str, Any], tmp_path: Path
     assert errors(tree, resume=True) == []
 
 
-def test_resuming_without_a_checkpoint_is_an_error(tree: dict[str, Any]) -> None:
-    assert "holds no whole checkpoint" in errors(tree, resume=True)[0]
+def test_resuming_where_no_run_is_is_an_error(tree: dict[str, Any]) -> None:
+    assert "holds no run to go on with" in errors(tree, resume=True)[0]
+
+
+def test_a_run_cut_before_its_first_checkpoint_starts_over_when_resumed(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("")
+    (tmp_path / "run/metrics.jsonl").write_text("{}")
+    assert "Start it over with --resume" in errors(tree)[0]
+    assert errors(tree, resume=True) == []
+    assert any("it starts over" in message for message in warned(tree, resume=True))
 
 
 def test_resuming_a_run_that_is_done_is_warned_of(tree: dict[str, Any], tmp_path: Path) -> None:
@@ -208,8 +217,14 @@ def test_a_run_folder_that_cannot_be_written_is_an_error(tree: dict[str, Any], t
     assert "can't be written to" in errors(tree)[0]
 
 
-def test_an_evaluation_leaves_the_run_folder_alone(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_an_evaluation_may_run_beside_an_existing_run(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("{}")
     assert errors(tree, starts_run=False) == []
+
+
+def test_looking_ahead_writes_nothing(tree: dict[str, Any], tmp_path: Path) -> None:
+    assert errors(tree) == []
     assert not (tmp_path / "run").exists()
 
 
