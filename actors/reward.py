@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from actors.calls import Share
 from reward.config import RewardConfig
 from reward.workers import RewardCounters, RewardWorkers
 from rollout.failures import Failure, FailureError, FailureKind
@@ -38,15 +38,6 @@ class RewardSpec:
         modules = tuple(path.resolve() for path in self.config.modules)
         config = self.config.model_copy(update={"modules": modules})
         return replace(self, config=config, media_folder=self.media_folder.resolve())
-
-
-@dataclass(frozen=True)
-class RewardResources:
-    """What the server asks Ray for. Its worker processes live inside this share."""
-
-    num_cpus: float = 0.0
-    num_gpus: float = 0.0
-    custom: Mapping[str, float] = field(default_factory=dict)
 
 
 class RewardServer:
@@ -144,13 +135,13 @@ class RewardHandle:
 
 
 async def start_reward_server(
-    spec: RewardSpec, resources: RewardResources | None = None, *, deadline_s: float, name: str = "reward"
+    spec: RewardSpec, share: Share | None = None, *, deadline_s: float, name: str = "reward"
 ) -> RewardHandle:
     """Start a reward server, wait until its workers are ready, and check its functions. Ray must be initialised.
 
     Args:
         spec: what it is made from; relative paths are taken from the driver's working directory.
-        resources: what to ask Ray for; nothing by default.
+        share: what to ask Ray for; nothing by default. Its worker processes live inside it.
         deadline_s: for all of it together.
         name: what messages call it.
     Raises:
@@ -158,18 +149,7 @@ async def start_reward_server(
             doesn't exist (``reward_unknown_function``) or refuses its arguments (``reward_bad_arguments``);
             INFRASTRUCTURE where the server didn't start in time. The actor is gone then.
     """
-    asked = resources or RewardResources()
-    actor: Any = (
-        ray.remote(RewardServer)
-        .options(
-            num_cpus=asked.num_cpus,
-            num_gpus=asked.num_gpus,
-            resources=dict(asked.custom),
-            max_restarts=0,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-        )
-        .remote(spec.resolved())
-    )
+    actor: Any = ray.remote(RewardServer).options(**(share or Share()).options(threads=1)).remote(spec)
     handle = RewardHandle(actor, name)
     try:
         async with asyncio.timeout(deadline_s):

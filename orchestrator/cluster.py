@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 from actors.config import DeadlineConfig
 from orchestrator.config import ClusterConfig, RoleResources
@@ -73,13 +72,3 @@ def _custom(roles: tuple[RoleResources, ...]) -> dict[str, float]:
 
 MAX_LOCAL_ACTORS = 64
 """Actors of a role that may share one machine."""
-
-
-def session_logs() -> Path | None:
-    """Folder of the Ray session's logs, where an actor's own last words are."""
-    import ray
-
-    if not ray.is_initialized():
-        return None
-    session = ray._private.worker.global_worker.node.get_session_dir_path()
-    return Path(session) / "logs"

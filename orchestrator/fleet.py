@@ -18,7 +18,7 @@ from rollout.prompts import Prompt
 from rollout.samples import Generation
 
 if TYPE_CHECKING:
-    from actors.generator import GeneratorHandle
+    from actors.generator_handle import GeneratorHandle
     from actors.weights.offer import WeightsOffer, WeightsReceipt
 
 logger = logging.getLogger(__name__)
@@ -210,6 +210,6 @@ class GeneratorFleet:
             logger.error("%s can't be restarted: %s", member.name, error)
             member.health = Health.DEAD
         finally:
-            self._restarts.discard(asyncio.current_task())  # type: ignore[arg-type]
+            self._restarts.discard(asyncio.current_task())
             async with self._changed:
                 self._changed.notify_all()

@@ -1,7 +1,8 @@
 """Whether trainer and generators still hold the same policy: their log-probabilities of the same tokens, compared.
 
 Synchronous training gets the comparison for nothing, since the trainer's first forward pass of a batch is at the
-version that sampled it. With stale samples it isn't, so a few completions are sampled for the purpose after each publication.
+version that sampled it. With stale samples it isn't, so a few completions are sampled for the purpose after each
+publication.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def alarm(metrics: dict[str, float], config: WeightsConfig) -> str | None:
     return (
         f"trainer and generators disagree: mismatch KL {kl:.3g} nats a token (weights.max_mismatch_kl = "
         f"{config.max_mismatch_kl:g}), largest gap {gap:.3g} nats (weights.max_logprob_gap = "
-        f"{config.max_logprob_gap:g}). Usual causes: weights that didn't arrive whole, another precision, or sampling with top_p or top_k"
+        f"{config.max_logprob_gap:g}). Usual causes: "
+        "weights that didn't arrive whole, another precision, or sampling with top_p or top_k"
     )
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from actors.calls import Share
 from orchestrator.checkpoints import POLICY, Checkpoints, RunState
@@ -154,26 +154,22 @@ async def start_voices(config: Config, media_folder: Path, on_event: Callable[..
         stop_s=config.deadlines.stop_s,
         on_event=on_event,
     )
-    starts = [
-        asyncio.create_task(start_policy(config, media_folder)),
-        asyncio.create_task(start_reference(config, media_folder)),
-        asyncio.create_task(fleet.start(config.generator.replicas)),
-        asyncio.create_task(scorer.start()),
-    ]
+    policy = asyncio.create_task(start_policy(config, media_folder))
+    reference = asyncio.create_task(start_reference(config, media_folder))
+    others = [asyncio.create_task(fleet.start(config.generator.replicas)), asyncio.create_task(scorer.start())]
+    starts: list[asyncio.Task[Any]] = [policy, reference, *others]
     try:
-        policy, reference, _, _ = await asyncio.gather(*starts)
-        yield Voices(policy, fleet, reference, scorer)
+        await asyncio.gather(*starts)
+        yield Voices(policy.result(), fleet, reference.result(), scorer)
     finally:
         for start in starts:
             start.cancel()
-        await asyncio.gather(*starts, return_exceptions=True)
-        started = [
-            task.result() for task in starts[:2] if task.done() and not task.cancelled() and not task.exception()
-        ]
-        stops = [voice.stop() for voice in (*started, fleet, scorer) if voice is not None]
+        results = await asyncio.gather(policy, reference, return_exceptions=True)
+        await asyncio.gather(*others, return_exceptions=True)
+        started = [voice for voice in results if voice is not None and not isinstance(voice, BaseException)]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2 * config.deadlines.stop_s):
-                await asyncio.gather(*stops, return_exceptions=True)
+                await asyncio.gather(*(voice.stop() for voice in (*started, fleet, scorer)), return_exceptions=True)
 
 
 def share(role: RoleResources) -> Share:
