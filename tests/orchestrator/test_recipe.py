@@ -242,3 +242,8 @@ def test_a_saved_configuration_loads_back_equal(recipe: Path, tmp_path: Path, mo
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists))
 def test_whatever_is_dumped_loads_back_equal(value: object) -> None:
     assert recipe_yaml.load(recipe_yaml.dump(value)) == value
+
+
+def test_a_refusal_by_a_section_itself_reads_like_the_others(recipe: Path) -> None:
+    problem = only(recipe, "algorithm.kl.coefficient=0.1", "algorithm.kl.estimator=k1")
+    assert problem.startswith("recipes/mine.yaml: algorithm.kl.estimator = k1 does nothing in the loss")
