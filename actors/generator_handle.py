@@ -1,0 +1,139 @@
+"""The driver's side of a generator: starts the actor, gives every call a deadline. Imports neither torch nor vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from actors.generator import Generator, GeneratorSpec, GeneratorStats, engine_environment
+from actors.weights.offer import WeightsOffer, WeightsReceipt
+from rollout.config import SamplingConfig
+from rollout.failures import Failure, FailureError, FailureKind
+from rollout.prompts import Prompt
+from rollout.samples import Generation
+
+MAX_CONCURRENCY = 4096
+PROBE_S = 10.0
+
+
+@dataclass(frozen=True)
+class GeneratorResources:
+    """What one generator asks Ray for."""
+
+    num_cpus: float = 0.0
+    num_gpus: float = 0.0
+    custom: Mapping[str, float] = field(default_factory=dict)
+
+
+class GeneratorHandle:
+    """A running generator. Make it with :meth:`start`."""
+
+    def __init__(self, actor: Any, spec: GeneratorSpec) -> None:
+        self.actor = actor
+        self.spec = spec
+        self.name = spec.name
+
+    @classmethod
+    async def start(cls, spec: GeneratorSpec, resources: GeneratorResources | None = None) -> GeneratorHandle:
+        """Start the actor and wait for its engine. Ray must be initialised.
+
+        Raises:
+            FailureError: the engine didn't start, or not within `deadlines.start_s`.
+        """
+        share = resources or GeneratorResources()
+        actor: Any = (
+            ray.remote(Generator)
+            .options(
+                num_cpus=share.num_cpus,
+                num_gpus=share.num_gpus,
+                resources=dict(share.custom) or None,
+                max_concurrency=MAX_CONCURRENCY,
+                max_restarts=0,
+                runtime_env={"env_vars": engine_environment(spec.config)},
+            )
+            .remote(spec)
+        )
+        handle = cls(actor, spec)
+        try:
+            await handle._call("ready", "start", spec.deadlines.start_s)
+        except BaseException:
+            ray.kill(actor)
+            raise
+        return handle
+
+    async def generate(
+        self, prompt: Prompt, n: int, sampling: SamplingConfig, seed: int | None, request_id: str
+    ) -> Generation | Failure:
+        """Sample n completions; see :meth:`Generator.generate`.
+
+        Raises:
+            FailureError: INFRASTRUCTURE where the generator is dead or silent.
+        """
+        what = f"generate for prompt {prompt.prompt_id} (request {request_id})"
+        deadline_s = self.spec.deadlines.generate_s
+        answer: Generation | Failure = await self._call(
+            "generate", what, deadline_s, prompt, n, sampling, seed, request_id
+        )
+        return answer
+
+    async def load_weights(self, offer: WeightsOffer) -> WeightsReceipt:
+        """Bring the generator to the offered version and check its word.
+
+        Raises:
+            FailureError: INFRASTRUCTURE; the generator doesn't serve that version.
+        """
+        what = f"load policy version {offer.version}"
+        receipt: WeightsReceipt = await self._call("load_weights", what, self.spec.deadlines.sync_s, offer)
+        if (receipt.version, receipt.digest) != (offer.version, offer.manifest_digest):
+            raise self._failure("weights_mismatch", f"{self.name} loaded {receipt}, but {offer} was offered")
+        return receipt
+
+    async def policy_version(self) -> int:
+        """The version it serves."""
+        version: int = await self._call("policy_version", "tell its version", PROBE_S)
+        return version
+
+    async def stats(self) -> GeneratorStats:
+        """Load and totals."""
+        stats: GeneratorStats = await self._call("stats", "report", PROBE_S)
+        return stats
+
+    async def stop(self) -> None:
+        """End the engine, then the actor; the actor in any case, within `deadlines.stop_s`."""
+        try:
+            with contextlib.suppress(FailureError):  # dead already is what we want
+                await self._call("stop", "stop", self.spec.deadlines.stop_s)
+        finally:
+            ray.kill(self.actor)
+
+    async def _call(self, method: str, what: str, deadline_s: float, *arguments: Any) -> Any:
+        started = time.monotonic()
+        reference = getattr(self.actor, method).remote(*arguments)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(reference.future()), deadline_s)
+        except TimeoutError:
+            ray.cancel(reference)
+            raise self._failure("generator_timeout", f"{self.name} didn't {what} within {deadline_s:g} s") from None
+        except asyncio.CancelledError:
+            ray.cancel(reference)
+            raise
+        except RayTaskError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, FailureError):
+                raise FailureError(cause.failure) from error
+            message = f"{self.name} raised when asked to {what}: {error}"
+            raise FailureError(Failure(FailureKind.BUG, "generator_raised", message)) from error
+        except RayError as error:
+            after = time.monotonic() - started
+            message = f"{self.name} couldn't {what}: {type(error).__name__} after {after:.1f} s: {error}"
+            raise self._failure("generator_died", message) from error
+
+    def _failure(self, reason: str, message: str) -> FailureError:
+        return FailureError(Failure(FailureKind.INFRASTRUCTURE, reason, message))
