@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -115,6 +116,19 @@ def keep_only(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> int:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     return len(rows) - len(kept)
+
+
+def set_aside(folder: Path, names: Sequence[str]) -> Path | None:
+    """Move what an earlier run left under these names to `previous/<time>/`; None where there was nothing."""
+    left = [folder / name for name in names if (folder / name).exists()]
+    if not left:
+        return None
+    target = folder / "previous" / time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    target.mkdir(parents=True, exist_ok=True)
+    for path in left:
+        os.replace(path, target / path.name)
+    logger.info("%s: the record of an earlier run was moved to %s", folder, target)
+    return target
 
 
 def finite(value: Any) -> tuple[Any, int]:

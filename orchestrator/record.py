@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from orchestrator.jsonl import JsonLines, finite, keep_only, read_lines
+from orchestrator.jsonl import JsonLines, finite, keep_only, read_lines, set_aside
 from rollout.media import MediaRef
 from rollout.prompts import MediaPart, Prompt, TextPart
 from rollout.samples import Score, ScoredGroup
@@ -91,7 +91,7 @@ def prompt_text(prompt: Prompt) -> str:
     """A prompt for people: its messages one after another, media as "[image]"."""
     turns = []
     for message in prompt.messages:
-        text = "".join(part.text if isinstance(part, TextPart) else f"[{_kind(part)}]" for part in message.parts)
+        text = "".join(part.text if isinstance(part, TextPart) else f"[{_kind(part)}] " for part in message.parts)
         turns.append(text if message.role == "user" else f"{message.role}: {text}")
     return "\n".join(turns)
 
@@ -127,7 +127,8 @@ class Record:
     """Writes the record of one run. Not thread-safe; the loop owns it.
 
     With `resume_step`, rows of steps after it are removed first (each file at once or not at all), so that the steps
-    done again are there once. Events stay: they tell what happened.
+    done again are there once. Events stay: they tell what happened. Without it the record starts anew, and what an
+    earlier run left in the folder is moved to `previous/`.
     """
 
     def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
@@ -136,12 +137,14 @@ class Record:
         """NaN and infinite values met so far; each is written as null."""
         folder.mkdir(parents=True, exist_ok=True)
         trimmed = {}
-        if resume_step is not None:
+        if resume_step is None:
+            set_aside(folder, (METRICS, SAMPLES, EVALUATIONS, EVENTS))
+        else:
             names = (METRICS, SAMPLES, EVALUATIONS)
             trimmed = {n: keep_only(folder / n, lambda row: row.get("step", 0) <= resume_step) for n in names}
         self._files = {name: JsonLines(folder / name) for name in (METRICS, SAMPLES, EVALUATIONS, EVENTS)}
-        if resume_step is not None:
-            self.event("resumed", step=resume_step, trimmed=trimmed)
+        if any(trimmed.values()):
+            self.event("trimmed", step=resume_step, rows={name: count for name, count in trimmed.items() if count})
 
     @property
     def unwritten(self) -> int:

@@ -134,6 +134,7 @@ def _charts(metrics: Rows, evaluations: Rows) -> list[_Drawing]:
         _lines("kl", "KL to the reference", "Nats a token: how far it has moved.", metrics, ["train/kl_reference"]),
         _lines("entropy", "Entropy", "Nats a token: how much choice is left.", metrics, ["train/entropy"]),
         _lines("length", "Completion length", "Tokens a completion, mean.", metrics, ["rollout/mean_tokens"]),
+        _lines("truncated", "Truncated", "Share cut at the token limit.", metrics, ["rollout/truncated_share"]),
         _lines(
             "mismatch",
             "Trainer against generator",

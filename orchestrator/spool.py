@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SPOOL = "spool.db"
+SPOOL_FILES = (SPOOL, f"{SPOOL}-wal", f"{SPOOL}-shm")
 BUSY_S = 1.0
 """How long a write waits for the other process's transaction (each takes milliseconds)."""
 BACKLOG_ITEMS = 10_000

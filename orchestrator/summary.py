@@ -27,7 +27,7 @@ def summarise(folder: Path) -> dict[str, Any]:
     """Everything `summary.json` tells. Works on a run in progress, a cut one and one that never evaluated.
 
     Returns:
-        Keys: name, state ("finished", "failed", "killed", "unfinished"), seed, steps, planned_steps, eval (before,
+        Keys: name, state ("finished", "failed", "stopped", "unfinished"), seed, steps, planned_steps, eval (before,
         after, best, gain; each by mode), groups, time, weights, agreement, throughput, rl_seconds, resumes, alarms,
         mlflow_run_id, versions. What the record doesn't know is None or an empty mapping.
     """
@@ -55,7 +55,7 @@ def summarise(folder: Path) -> dict[str, Any]:
         },
         "rl_seconds": rl_seconds(metrics, events),
         "resumes": sum(event["kind"] == "resumed" for event in events),
-        "alarms": sum(event["kind"] == "alarm" for event in events),
+        "alarms": sum(str(event["kind"]).endswith("alarm") for event in events),
         "mlflow_run_id": mlflow_run_id(folder),
         "versions": installed_versions(),
     }
@@ -75,10 +75,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def run_state(events: Sequence[Mapping[str, Any]]) -> str:
-    """How the run ended, by its last start, resume or end: "unfinished" while it runs or after a crash."""
+    """How the run ended, by its last event of that sort; "unfinished" while it runs and after a crash."""
     for event in reversed(events):
-        if event["kind"] == "finished":
-            return str(event.get("status", "finished")).lower()
+        if event["kind"] in ("finished", "failed", "stopped"):
+            return str(event["kind"])
         if event["kind"] in ("started", "resumed"):
             break
     return "unfinished"

@@ -21,8 +21,9 @@ from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from orchestrator.config import TrackingConfig
+from orchestrator.jsonl import set_aside
 from orchestrator.record import SampleRow
-from orchestrator.spool import SPOOL, Spool
+from orchestrator.spool import SPOOL, SPOOL_FILES, Spool
 from rollout.media import MediaRef
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class Tracker:
         self._sender: subprocess.Popen[bytes] | None = None
         self._started = self._checked = 0.0
         self._warned: str | None = None
+        self._final = TrackingStatus(None, None, 0, 0, None)
 
     @classmethod
     def start(
@@ -97,15 +99,22 @@ class Tracker:
         run_name: str,
         params: Mapping[str, Any],
         run_id: str | None = None,
+        *,
+        is_resumed: bool = True,
     ) -> Tracker:
         """Start sending, or go on with the run of this folder (or of `run_id`). Returns at once.
 
         Args:
             params: the resolved configuration, nested or flat. A parameter that differs from what the run already
                 has is not an error: it becomes a tag and a `config_changes` artifact.
+            run_id: the run to go on with, if the caller knows it; by default what the folder's spool knows.
+            is_resumed: False starts another MLflow run where the folder already has one; what that one has not sent
+                yet is moved to `previous/`, a folder that :func:`flush_spool` takes.
         Raises:
             ValueError: tracking.uri names no store that MLflow 3.17 has.
         """
+        if config.enabled and not is_resumed:
+            set_aside(folder, SPOOL_FILES)
         tracker = cls(config, folder)
         spool = tracker._spool
         if spool is None:
@@ -129,7 +138,7 @@ class Tracker:
     @property
     def run_id(self) -> str | None:
         """MLflow's id of the run; None while the server has not been reached yet."""
-        return self._spool.fact("run_id") if self._spool else None
+        return self._spool.fact("run_id") if self._spool else self._final.run_id
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics of a step. A step that this run already sent for a metric (before a resume) is not sent again."""
@@ -158,7 +167,7 @@ class Tracker:
 
     def status(self) -> TrackingStatus:
         """What was sent and what waits."""
-        return spool_status(self._spool) if self._spool else TrackingStatus(None, None, 0, 0, None)
+        return spool_status(self._spool) if self._spool else self._final
 
     def finish(self, status: RunStatus = "FINISHED", deadline_s: float = FINISH_S) -> TrackingStatus:
         """Send what is left and end the run. After `deadline_s` what is left stays in the spool for later."""
@@ -170,7 +179,7 @@ class Tracker:
                 self._start_sender()
             _end(self._sender, deadline_s)
             self._sender = None
-        result = self.status()
+        self._final = result = self.status()
         self._spool.close()
         self._spool = None
         if result.waiting:

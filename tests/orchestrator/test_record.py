@@ -73,7 +73,7 @@ def test_a_line_cut_short_by_a_crash_is_skipped_and_the_next_one_is_whole(tmp_pa
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     assert [row["step"] for row in read_metrics(tmp_path)] == [0]
-    with Record(tmp_path) as record:
+    with Record(tmp_path, resume_step=1) as record:
         record.metrics(2, {"train/loss": 3.0})
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 2]
 
@@ -95,16 +95,26 @@ def test_a_resume_leaves_each_step_once_and_tells_what_it_removed(tmp_path: Path
     assert len(list(read_lines(tmp_path / "metrics.jsonl"))) == 8
     assert [row["completion"] for row in read_samples(tmp_path)] == [f"first {step}" for step in range(4)]
     assert [(row["step"], row["reward"]) for row in read_evaluations(tmp_path)] == [(0, 0.3), (5, 0.6)]
-    (event,) = read_events(tmp_path, "resumed")
-    assert (event["step"], event["trimmed"]["metrics.jsonl"]) == (3, 2)
+    (event,) = read_events(tmp_path, "trimmed")
+    assert (event["step"], event["rows"]) == (3, {"metrics.jsonl": 2, "samples.jsonl": 2, "evaluations.jsonl": 1})
 
 
 def test_events_of_the_cut_run_stay_after_a_resume(tmp_path: Path) -> None:
     with Record(tmp_path) as record:
         record.event("alarm", step=9, metric="rollout/mismatch_kl", value=math.nan)
-    with Record(tmp_path, resume_step=3):
-        pass
+    with Record(tmp_path, resume_step=3) as record:
+        record.event("resumed", step=3)
     assert [event["kind"] for event in read_events(tmp_path)] == ["alarm", "resumed"]
+
+
+def test_a_run_started_anew_in_a_used_folder_keeps_the_old_record_apart(tmp_path: Path) -> None:
+    with Record(tmp_path) as record:
+        record.metrics(5, {"train/loss": 1.0})
+    with Record(tmp_path) as record:
+        record.metrics(1, {"train/loss": 2.0})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    (previous,) = (tmp_path / "previous").iterdir()
+    assert [row["step"] for row in read_metrics(previous)] == [5]
 
 
 def test_an_empty_folder_reads_as_an_empty_record(tmp_path: Path) -> None:
@@ -122,7 +132,7 @@ def test_a_scored_group_becomes_one_row_a_completion(tmp_path: Path) -> None:
         (1.0, 1.0, 5, 3),
         (0.0, -1.0, 5, 3),
     ]
-    assert rows[0].prompt == "[image]Which digit?"
+    assert rows[0].prompt == "[image] Which digit?"
     with Record(tmp_path) as record:
         record.samples(0, rows)
     assert read_samples(tmp_path, "train")[0]["media"] == [

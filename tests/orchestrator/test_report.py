@@ -78,6 +78,7 @@ def step_metrics(step: int, random: np.random.Generator) -> dict[str, float]:
         "rollout/mean_tokens": 14 - 3 * done + random.uniform(-0.4, 0.4),
         "rollout/mismatch_kl": 2e-7 * random.uniform(0.5, 2),
         "rollout/max_logprob_gap": 3e-6 * random.uniform(0.5, 2),
+        "rollout/truncated_share": 0.08 * (1 - done) * random.uniform(0.5, 1.5),
         "rollout/staleness": float(step % 2),
         "rollout/tokens_per_s": 700 + random.uniform(-50, 50),
         "rollout/completions": 256.0,
@@ -96,7 +97,7 @@ def evaluation(record: Record, step: int, refs: list[MediaRef]) -> None:
             is_right = (index * 7 + 3) % 10 < mean * 10
             completion = f"The sum is {index + 9 if is_right else index + 4}."
             media = (refs[2 * index], refs[2 * index + 1])
-            prompt = "[image][image]What is the sum of these two digits?"
+            prompt = "[image] [image] What is the sum of these two digits?"
             rows.append(SampleRow(prompt, media, index + 9, completion, float(is_right), {"exact": float(is_right)}))
         record.evaluation(step, mode, EvaluationResult(mean, mean - 0.06, mean + 0.06, 256, 12.0), rows)
 
@@ -127,8 +128,8 @@ def write_run(folder: Path) -> None:
             record.metrics(step, step_metrics(step, random))
             if step % 20 == 0:
                 evaluation(record, step, refs)
-        record.event("alarm", step=31, metric="weights/verified_version", message="generator-0 holds version 30")
-        record.event("finished", status="finished")
+        record.event("mismatch_alarm", version=31, why="generator-0 holds version 30")
+        record.event("finished")
     ledger(folder)
 
 

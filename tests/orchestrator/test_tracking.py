@@ -115,7 +115,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     tracker.artifact(folder / "never-written.txt")
     until(lambda: Spool(folder).fact("system_step"), "system metrics measured")
     tracker.finish("FAILED", LONG_S)
-    first = tracker.run_id or Spool(folder).fact("run_id")
+    first = tracker.run_id
 
     again = Tracker.start(QUIET, folder, "digits", {"trainer": {"learning_rate": 5e-4, "betas": [0.9, 0.95]}}, first)
     for step in range(2, 5):
@@ -250,6 +250,21 @@ def test_the_sender_dies_with_a_killed_driver_and_a_resume_goes_on_with_the_run(
 
 def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+@pytest.mark.engine
+def test_a_run_started_anew_in_a_used_folder_is_another_mlflow_run(tmp_path: Path) -> None:
+    config = TrackingConfig(uri=f"http://127.0.0.1:{free_port()}", system_metrics=False)
+    first = Tracker.start(config, tmp_path, "r", {})
+    first.metrics(0, {"train/loss": 1.0})
+    assert first.finish("KILLED", 1.0).waiting == 4
+    second = Tracker.start(QUIET, tmp_path, "r", {}, is_resumed=False)
+    second.metrics(0, {"train/loss": 2.0})
+    status = second.finish("FINISHED", LONG_S)
+    assert status.waiting == 0
+    assert points(client(tmp_path), str(status.run_id), "train/loss") == [(0, 2.0)]
+    (previous,) = (tmp_path / "previous").iterdir()
+    assert Spool(previous).counts() == (4, 0)
 
 
 @pytest.mark.engine
