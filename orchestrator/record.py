@@ -127,7 +127,7 @@ class Record:
     """Writes the record of one run. Not thread-safe; the loop owns it.
 
     With `resume_step`, rows of steps after it are removed first (each file at once or not at all), so that the steps
-    done again are there once. Events stay: they tell what happened. Without it the record starts anew, and what an
+    done again are there once, and a "resumed" event is written. Events stay: they tell what happened. Without it the record starts anew, and what an
     earlier run left in the folder is moved to `previous/`.
     """
 
@@ -143,8 +143,8 @@ class Record:
             names = (METRICS, SAMPLES, EVALUATIONS)
             trimmed = {n: keep_only(folder / n, lambda row: row.get("step", 0) <= resume_step) for n in names}
         self._files = {name: JsonLines(folder / name) for name in (METRICS, SAMPLES, EVALUATIONS, EVENTS)}
-        if any(trimmed.values()):
-            self.event("trimmed", step=resume_step, rows={name: count for name, count in trimmed.items() if count})
+        if resume_step is not None:
+            self.event("resumed", step=resume_step, trimmed=trimmed)
 
     @property
     def unwritten(self) -> int:

