@@ -98,6 +98,9 @@ class WeightsConfig(BaseModel):
 
     backend: Literal["zmq"] = Field("zmq", description="Transport; generators pull.")
     bucket_mib: int = Field(64, ge=1, description="Size of a bucket.")
+    listen: Literal["loopback", "node"] = Field(
+        "loopback", description="Who may pull: generators on this host, or on every host that reaches the node."
+    )
     max_logprob_gap: float = Field(0.5, gt=0.0, description="Alarm: gap between trainer's and generator's log-probability of a token, in nats.")
     max_mismatch_kl: float = Field(0.02, gt=0.0, description="Alarm: mean KL a token between generator and trainer, in nats.")
     on_alarm: Literal["warn", "stop"] = Field("warn", description="What an alarm does.")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from actors.calls import Share
 from actors.generator import Generator, GeneratorSpec, GeneratorStats, engine_environment
 from actors.weights.offer import WeightsOffer, WeightsReceipt
 from rollout.config import SamplingConfig
@@ -23,15 +22,6 @@ MAX_CONCURRENCY = 4096
 PROBE_S = 10.0
 
 
-@dataclass(frozen=True)
-class GeneratorResources:
-    """What one generator asks Ray for."""
-
-    num_cpus: float = 0.0
-    num_gpus: float = 0.0
-    custom: Mapping[str, float] = field(default_factory=dict)
-
-
 class GeneratorHandle:
     """A running generator. Make it with :meth:`start`."""
 
@@ -41,25 +31,20 @@ class GeneratorHandle:
         self.name = spec.name
 
     @classmethod
-    async def start(cls, spec: GeneratorSpec, resources: GeneratorResources | None = None) -> GeneratorHandle:
+    async def start(cls, spec: GeneratorSpec, share: Share | None = None) -> GeneratorHandle:
         """Start the actor and wait for its engine. Ray must be initialised.
+
+        Args:
+            share: what the generator asks Ray for.
 
         Raises:
             FailureError: the engine didn't start, or not within `deadlines.start_s`.
         """
-        share = resources or GeneratorResources()
-        actor: Any = (
-            ray.remote(Generator)
-            .options(
-                num_cpus=share.num_cpus,
-                num_gpus=share.num_gpus,
-                resources=dict(share.custom) or None,
-                max_concurrency=MAX_CONCURRENCY,
-                max_restarts=0,
-                runtime_env={"env_vars": engine_environment(spec.config)},
-            )
-            .remote(spec)
-        )
+        options = (share or Share()).options(spec.config.threads) | {
+            "max_concurrency": MAX_CONCURRENCY,
+            "runtime_env": {"env_vars": engine_environment(spec.config)},
+        }
+        actor: Any = ray.remote(Generator).options(**options).remote(spec)
         handle = cls(actor, spec)
         try:
             await handle._call("ready", "start", spec.deadlines.start_s)
@@ -71,16 +56,18 @@ class GeneratorHandle:
     async def generate(
         self, prompt: Prompt, n: int, sampling: SamplingConfig, seed: int | None, request_id: str
     ) -> Generation | Failure:
-        """Sample n completions; see :meth:`Generator.generate`.
+        """Sample n completions; see :meth:`Generator.generate`. A failure that is returned is the prompt's.
 
         Raises:
-            FailureError: INFRASTRUCTURE where the generator is dead or silent.
+            FailureError: INFRASTRUCTURE where the generator is dead, silent or stale.
         """
         what = f"generate for prompt {prompt.prompt_id} (request {request_id})"
         deadline_s = self.spec.deadlines.generate_s
         answer: Generation | Failure = await self._call(
             "generate", what, deadline_s, prompt, n, sampling, seed, request_id
         )
+        if isinstance(answer, Failure) and answer.kind is not FailureKind.DATA:
+            raise FailureError(answer)
         return answer
 
     async def load_weights(self, offer: WeightsOffer) -> WeightsReceipt:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import ray
 from numpy.typing import NDArray
 
 from actors.calls import Share, gather
-from actors.config import DeadlineConfig, ModelConfig, TrainerConfig
+from actors.config import DeadlineConfig, ModelConfig, TrainerConfig, WeightsConfig
+from actors.weights.offer import WeightsOffer
 from algorithms.config import AlgorithmConfig
 from rollout.samples import TrainingSample
 
@@ -34,6 +35,7 @@ class PolicySpec:
         media_folder: the media store, on a file system that every rank's node sees.
         seed: of dropout, if the model has any.
         total_updates: optimiser steps of the whole run, for the schedule.
+        weights: how new versions are handed to the generators.
     """
 
     model: ModelConfig
@@ -44,6 +46,7 @@ class PolicySpec:
     media_folder: Path
     seed: int
     total_updates: int
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
 
 
 class PolicyRank:
@@ -56,6 +59,8 @@ class PolicyRank:
         self.store: Any = None
         self.trainer: Any = None
         """The :class:`actors.trainer.RankTrainer`, once joined."""
+        self.source: Any = None
+        self.publisher: Any = None
 
     def prepare(self) -> tuple[str, int]:
         """Import the engine; rank 0 also opens the rendezvous store. Returns the node's address and the port."""
@@ -89,6 +94,24 @@ class PolicyRank:
         """See :meth:`actors.trainer.RankTrainer.log_probs`."""
         log_probs: dict[int, NDArray[np.float32]] = self.trainer.log_probs(samples)
         return log_probs
+
+    def publish(self, version: int) -> WeightsOffer | None:
+        """Serve the weights as they are now, as this policy version. Rank 0 returns the offer, the others None."""
+        from actors.weights.publisher import LOOPBACK, WeightPublisher
+        from actors.weights.source import WeightSource
+
+        settings = self.spec.weights
+        if self.source is None:
+            precision = self.spec.model.precision
+            self.source = WeightSource(self.module, precision=precision, bucket_bytes=settings.bucket_mib << 20)
+        snapshot = self.source.snapshot(version, keep=self.rank == 0)
+        if snapshot is None:
+            return None
+        if self.publisher is None:
+            host = LOOPBACK if settings.listen == "loopback" else ray.util.get_node_ip_address()
+            self.publisher = WeightPublisher(host=host)
+        offer: WeightsOffer = self.publisher.publish(snapshot)
+        return offer
 
     def save(self, folder: Path) -> None:
         """See :meth:`actors.trainer.RankTrainer.save`."""
@@ -152,6 +175,12 @@ class PolicyGroup:
         )
         by_index = {index: values for share in shares for index, values in share.items()}
         return [by_index[index] for index in range(len(samples))]
+
+    async def publish(self, version: int) -> WeightsOffer:
+        """Serve the weights as they are now, as this policy version, until two later ones have been published."""
+        offers = await self._all("publish", f"publish version {version}", self.spec.deadlines.sync_s, version)
+        offer: WeightsOffer = offers[0]
+        return offer
 
     async def save(self, folder: Path) -> None:
         """Write model, optimiser, schedule and random states of all ranks, for :meth:`load`."""

@@ -190,6 +190,7 @@ async def start_policy(config: Config, media_folder: Path) -> PolicyGroup:
         media_folder=media_folder.resolve(),
         seed=config.run.seed,
         total_updates=config.trainer.steps * config.trainer.updates_per_step,
+        weights=config.weights,
     )
     return await PolicyGroup.start(spec, share(config.cluster.policy))
 

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 KEPT_VERSIONS = 2
 POLL_MS = 200
+LOOPBACK = "127.0.0.1"
 ZAP_DOMAIN = "weights"
 
 
@@ -39,7 +40,7 @@ class _OnlyClient:
 class WeightPublisher:
     """Holds at most two policy versions and hands them out until :meth:`stop`."""
 
-    def __init__(self, *, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(self, *, host: str = LOOPBACK, port: int = 0) -> None:
         """Bind and start serving.
 
         Args:
