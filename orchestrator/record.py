@@ -14,8 +14,8 @@ from typing import Any
 
 from orchestrator.jsonl import JsonLines, finite, keep_only, read_lines, set_aside
 from rollout.media import MediaRef
-from rollout.prompts import MediaPart, Prompt, TextPart
-from rollout.samples import Score, ScoredGroup
+from rollout.prompts import Prompt, TextPart
+from rollout.samples import ScoredGroup
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -91,13 +91,9 @@ def prompt_text(prompt: Prompt) -> str:
     """A prompt for people: its messages one after another, media as "[image]"."""
     turns = []
     for message in prompt.messages:
-        text = "".join(part.text if isinstance(part, TextPart) else f"[{_kind(part)}] " for part in message.parts)
+        text = "".join(part.text if isinstance(part, TextPart) else f"[{part.media.kind}] " for part in message.parts)
         turns.append(text if message.role == "user" else f"{message.role}: {text}")
     return "\n".join(turns)
-
-
-def _kind(part: MediaPart) -> str:
-    return part.media.kind
 
 
 def sample_rows(group: ScoredGroup, advantages: Sequence[float] | None = None) -> list[SampleRow]:
@@ -112,7 +108,7 @@ def sample_rows(group: ScoredGroup, advantages: Sequence[float] | None = None) -
                 target=group.prompt.target,
                 completion=completion.text,
                 reward=score.value,
-                components=dict(score.components) if isinstance(score, Score) else {},
+                components=dict(score.components),
                 advantage=float(advantages[index]) if advantages is not None else None,
                 policy_version=int(completion.policy_versions.max(initial=0)),
                 tokens=len(completion),
@@ -127,8 +123,8 @@ class Record:
     """Writes the record of one run. Not thread-safe; the loop owns it.
 
     With `resume_step`, rows of steps after it are removed first (each file at once or not at all), so that the steps
-    done again are there once, and a "resumed" event is written. Events stay: they tell what happened. Without it the record starts anew, and what an
-    earlier run left in the folder is moved to `previous/`.
+    done again are there once, and a "resumed" event is written. Events stay: they tell what happened. Without it the
+    record starts anew, and what an earlier run left in the folder is moved to `previous/`.
     """
 
     def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:

@@ -30,8 +30,8 @@ def summarise(folder: Path) -> dict[str, Any]:
 
     Returns:
         Keys: name, state ("finished", "failed", "stopped", "unfinished"), verdict, seed, steps, planned_steps, eval
-        (before, after, best, gain; each by mode), groups, time, weights, agreement, throughput, rl_seconds, resumes, alarms,
-        mlflow_run_id, versions. What the record doesn't know is None or an empty mapping.
+        (before, after, best, gain; each by mode), groups, time, weights, agreement, throughput, rl_seconds, resumes,
+        alarms, mlflow_run_id, versions. What the record doesn't know is None or an empty mapping.
     """
     config = read_config(folder)
     metrics = read_metrics(folder)
