@@ -50,7 +50,7 @@ WHOLE_WORDS = (
     *("<answer>", "</answer>", "system", "user", "assistant"),
     *("What", " is", " the", " sum", " of", " these", " two", " digits"),
 )
-CHARACTERS = tuple(chr(code) for code in range(32, 127)) + ("\n",)
+CHARACTERS = (*tuple(chr(code) for code in range(32, 127)), "\n")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -99,34 +99,34 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForCo
     """An untrained Qwen2.5-VL of 0.57 million parameters in float32."""
     vocabulary = tokenizer.get_vocab()
     config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=len(vocabulary),
-            hidden_size=128,
-            initializer_range=INITIALIZER_RANGE,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=vocabulary["<|im_start|>"],
-            eos_token_id=vocabulary["<|im_end|>"],
-            pad_token_id=vocabulary["<|endoftext|>"],
-            rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
-        ),
-        vision_config=dict(
-            depth=2,
-            hidden_size=64,
-            initializer_range=INITIALIZER_RANGE,
-            num_heads=4,
-            intermediate_size=128,
-            out_hidden_size=128,
-            patch_size=14,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            window_size=112,
-            fullatt_block_indexes=[1],
-        ),
+        text_config={
+            "vocab_size": len(vocabulary),
+            "hidden_size": 128,
+            "initializer_range": INITIALIZER_RANGE,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+            "bos_token_id": vocabulary["<|im_start|>"],
+            "eos_token_id": vocabulary["<|im_end|>"],
+            "pad_token_id": vocabulary["<|endoftext|>"],
+            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "initializer_range": INITIALIZER_RANGE,
+            "num_heads": 4,
+            "intermediate_size": 128,
+            "out_hidden_size": 128,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
         image_token_id=vocabulary["<|image_pad|>"],
         video_token_id=vocabulary["<|video_pad|>"],
         vision_start_token_id=vocabulary["<|vision_start|>"],
