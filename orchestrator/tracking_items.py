@@ -169,7 +169,7 @@ class RunWriter:
         for row in body["rows"]:
             images = [self._image(Path(path)) for path in row["media"]]
             flat: dict[str, Any] = {"step": body["step"], "prompt": row["prompt"]}
-            flat |= {f"image_{i + 1}": images[i] if i < len(images) else None for i in range(columns)}
+            flat |= {f"image_{i + 1}": images[i] if i < len(images) else self._image(None) for i in range(columns)}
             flat |= {
                 key: row[key] for key in ("completion", "target", "reward", "advantage", "policy_version", "tokens")
             }
@@ -185,26 +185,29 @@ class RunWriter:
             listed = [*listed, entry][-TABLES_LISTED:]
             self.client.set_tag(self.run_id, LOGGED_ARTIFACTS, json.dumps(listed))
 
-    def _image(self, path: Path) -> dict[str, str] | str:
-        """Upload an image as MLflow's table view wants it: the picture, and a small one beside it."""
-        base = f"table_images/{path.stem}"
-        entry = {"type": "image", "filepath": f"{base}.png", "compressed_filepath": f"{base}.webp"}
-        if base in self._uploaded:
+    def _image(self, path: Path | None) -> dict[str, str]:
+        """Upload an image as MLflow's table view wants it: the picture, and a small one beside it.
+
+        The view takes only images in a column of images: where there is none, or it can't be read, it gets a blank.
+        """
+        name = path.stem if path is not None else "none"
+        entry = {"type": "image"} | {
+            "filepath": f"table_images/{name}.png",
+            "compressed_filepath": f"table_images/{name}.webp",
+        }
+        if name in self._uploaded:
             return entry
         try:
-            with Image.open(path) as stored, tempfile.TemporaryDirectory() as folder:
-                image = stored.convert("RGB")
-                image.save(Path(folder) / f"{path.stem}.png")
-                image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-                image.save(Path(folder) / f"{path.stem}.webp")
-                self.client.log_artifacts(self.run_id, folder, "table_images")
+            image = Image.open(path).convert("RGB") if path is not None else Image.new("RGB", (8, 8), "#d0d3dc")
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and not path.exists():
-                return f"missing: {path.name}"
-            if isinstance(error, Image.UnidentifiedImageError):
-                return f"not an image: {path.name}"
-            raise
-        self._uploaded.add(base)
+            logger.warning("%s can't be shown in the table of samples: %s", path, error)
+            return self._image(None)
+        with tempfile.TemporaryDirectory() as folder:
+            image.save(Path(folder) / f"{name}.png")
+            image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+            image.save(Path(folder) / f"{name}.webp")
+            self.client.log_artifacts(self.run_id, folder, "table_images")
+        self._uploaded.add(name)
         return entry
 
 

@@ -174,6 +174,7 @@ def test_the_table_of_samples_shows_their_images(finished: tuple[Path, str]) -> 
     rows = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
     assert [(row["completion"], row["reward"]) for row in rows] == [("3", 1.0), ("3", None)]
     image = rows[0]["image_1"]
+    assert rows[1]["image_1"]["type"] == "image"  # a blank: the view takes no other cell in a column of images
     assert Image.open(mlflow.download_artifacts(run_id, image["filepath"])).getpixel((0, 0)) == (255, 0, 0)
     assert Image.open(mlflow.download_artifacts(run_id, image["compressed_filepath"])).size == (8, 8)
 
