@@ -7,10 +7,10 @@ the engine is paused, so a sequence that runs across an update is stamped right 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 
 from actors.config import DeadlineConfig, GeneratorConfig, ModelConfig
+from actors.vllm_engine import end_processes, engine_args, engine_processes
 from actors.weights.offer import WeightsOffer, WeightsReceipt
 from rollout.config import SamplingConfig
 from rollout.encoding import EncodedPrompt, PromptEncoder
@@ -30,12 +31,12 @@ from rollout.samples import Completion, FinishReason, Generation
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import PauseMode
 
 logger = logging.getLogger(__name__)
 
-CPU_BATCHED_TOKENS = 8192
-GIB = 1 << 30
 RECEIVE_SHARE = 0.8  # of the deadline of an update; the rest is for loading
+ABORTED_S = 0.05  # for the outputs of aborted requests to reach their callers
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,6 @@ class GeneratorStats:
     generated_tokens: int
     completions: int
     memory_bytes: int
-
-
-def engine_environment(config: GeneratorConfig) -> dict[str, str]:
-    """Environment of a generator's process and its engine. Has to be set before vLLM is imported."""
-    return {
-        "OMP_NUM_THREADS": str(config.threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker lives in the engine's process: one start-up less
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are shared with the trainer
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-    }
 
 
 def ratio_bias_warnings(sampling: SamplingConfig) -> list[str]:
@@ -210,7 +198,7 @@ class Generator:
             deadline_s = RECEIVE_SHARE * self.spec.deadlines.sync_s
             received = await asyncio.to_thread(self._receiver.receive, offer, deadline_s)
             transferred = time.monotonic()
-            await self._engine.pause_generation(mode="keep", clear_cache=False)
+            await self._pause("keep")
             paused = time.monotonic()
             try:
                 await self._load(received.manifest.pack(), received.path, offer.version)
@@ -250,10 +238,17 @@ class Generator:
         """End the engine and its processes; requests in flight end with a failure. May be called twice."""
         if self._engine is None:
             return
-        children = _engine_processes(self._engine)
-        engine, self._engine = self._engine, None
-        await asyncio.to_thread(engine.shutdown, timeout=self.spec.deadlines.stop_s / 2)
-        await asyncio.to_thread(_end, children, self.spec.deadlines.stop_s / 2)
+        children = engine_processes(self._engine)
+        engine, self._stale = self._engine, self._failure("generator_stopped", "was stopped")
+        deadline_s = self.spec.deadlines.stop_s
+        with contextlib.suppress(FailureError, TimeoutError):  # a dead or stuck engine has nothing left to abort
+            await asyncio.wait_for(self._pause("abort"), deadline_s / 4)
+            await asyncio.sleep(ABORTED_S)
+        self._engine = None
+        if engine.output_handler is not None:
+            engine.output_handler.cancel()
+        await asyncio.to_thread(engine.shutdown, timeout=deadline_s / 4)
+        await asyncio.to_thread(end_processes, children, deadline_s / 4)
         self._receiver.close()
 
     async def _start(self) -> None:
@@ -267,11 +262,11 @@ class Generator:
         )
         self._receiver = WeightReceiver(folder=self.spec.weights_folder)
         try:
-            self._engine = AsyncLLM.from_engine_args(_engine_args(self.spec, self._encoder.banned_token_ids))
+            self._engine = AsyncLLM.from_engine_args(engine_args(self.spec, self._encoder.banned_token_ids))
             await self._engine.update_weight_version(str(self._version))
         except Exception as error:
-            message = f"{self.spec.name}: vLLM didn't start with {model.path}: {error}"
-            raise FailureError(Failure(FailureKind.INFRASTRUCTURE, "engine_start_failed", message)) from error
+            why = f"vLLM didn't start with {model.path}: {error}"
+            raise FailureError(self._failure("engine_start_failed", why)) from error
 
     async def _expand(self, prompt: Prompt, encoded: EncodedPrompt) -> Any:
         """vLLM's input for a prompt: media placeholders expanded, once, by the engine's own processor."""
@@ -325,11 +320,10 @@ class Generator:
             async for latest in self._engine.generate(engine_input, params, request_id):
                 output = latest
         except (EngineDeadError, EngineGenerateError) as error:
-            message = f"{self.spec.name}: the engine died or failed while it served {request_id}: {error!r}"
-            raise FailureError(Failure(FailureKind.INFRASTRUCTURE, "engine_dead", message)) from error
+            why = f"its engine died or failed while it served {request_id}: {error!r}"
+            raise FailureError(self._failure("engine_dead", why)) from error
         if output is None or any(completion.finish_reason == "abort" for completion in output.outputs):
-            message = f"{self.spec.name}: request {request_id} was aborted"
-            aborted = Failure(FailureKind.INFRASTRUCTURE, "generation_aborted", message)
+            aborted = self._failure("generation_aborted", f"request {request_id} was aborted")
             raise FailureError(self._stale or aborted)
         return output
 
@@ -368,53 +362,27 @@ class Generator:
             await engine.reset_prefix_cache()  # frees the blocks; while requests run, the salt keeps them apart
 
     async def _give_up(self, offer: WeightsOffer, error: BaseException) -> FailureError:
-        message = (
-            f"{self.spec.name}: policy version {offer.version} was received whole but not loaded: {error!r}. The "
+        why = (
+            f"policy version {offer.version} was received whole but not loaded: {error!r}. The "
             "engine may hold parts of two versions, so it serves nothing until a version is loaded."
         )
-        self._stale = Failure(FailureKind.INFRASTRUCTURE, "weights_not_loaded", message)
-        logger.error(message)
-        await self._engine.pause_generation(mode="abort", clear_cache=True)
+        self._stale = self._failure("weights_not_loaded", why)
+        logger.error(self._stale.message)
+        await self._pause("abort")
         return FailureError(self._stale)
 
+    async def _pause(self, mode: PauseMode) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
 
-def _engine_args(spec: GeneratorSpec, banned_token_ids: Sequence[int]) -> Any:
-    from vllm.config import WeightTransferConfig
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.platforms import current_platform
+        # AsyncLLM.pause_generation does the same and then sleeps for 20 ms, a third of a small model's update
+        pause = self._engine.engine_core.pause_scheduler_async
+        try:
+            await pause(mode=mode, clear_cache=mode == "abort")
+        except EngineDeadError as error:
+            raise FailureError(self._failure("engine_dead", "its engine is dead")) from error
 
-    from actors.token_mask import CONFIG_KEY
-    from actors.weights.plugin import BACKEND
-
-    model, config = spec.model, spec.config
-    platform: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_share}
-    if current_platform.is_cpu():
-        platform = {
-            "kv_cache_memory_bytes": int(config.kv_cache_gib * GIB),
-            "skip_mm_profiling": True,
-            # vLLM's CPU sampler can't rewind a seeded request whose prompt is prefilled in parts
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(model.max_length, CPU_BATCHED_TOKENS),
-        }
-    return AsyncEngineArgs(
-        model=str(model.path),
-        dtype=model.precision,
-        max_model_len=model.max_length,
-        max_num_seqs=config.max_sequences,
-        tensor_parallel_size=config.tensor_parallel,
-        enforce_eager=config.enforce_eager,
-        enable_prefix_caching=config.prefix_caching,
-        limit_mm_per_prompt={"image": config.max_images, "video": 0, "audio": 0},
-        trust_remote_code=model.trust_remote_code,
-        seed=spec.seed,
-        logprobs_mode="processed_logprobs",
-        logits_processors=["actors.token_mask:BannedTokens"],
-        additional_config={CONFIG_KEY: list(banned_token_ids)},
-        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-        generation_config="vllm",
-        disable_log_stats=True,
-        **platform,
-    )
+    def _failure(self, reason: str, why: str) -> Failure:
+        return Failure(FailureKind.INFRASTRUCTURE, reason, f"{self.spec.name}: {why}")
 
 
 def _policy_versions(output: CompletionOutput, tokens: int) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -425,26 +393,3 @@ def _policy_versions(output: CompletionOutput, tokens: int) -> np.ndarray[Any, n
     for span in spans:
         versions[span.start : span.end] = int(span.version)
     return versions
-
-
-def _engine_processes(engine: Any) -> list[psutil.Process]:
-    """The engine's processes: children of this one, among which other projects' may be."""
-    manager = getattr(engine.engine_core.resources, "engine_manager", None)
-    own: list[psutil.Process] = []
-    for process in getattr(manager, "processes", ()):
-        try:
-            root = psutil.Process(process.pid)
-            own.extend([root, *root.children(recursive=True)])
-        except psutil.NoSuchProcess:
-            continue
-    return own
-
-
-def _end(processes: list[psutil.Process], deadline_s: float) -> None:
-    alive = [process for process in processes if process.is_running()]
-    for process in alive:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(alive, timeout=deadline_s)

@@ -11,7 +11,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from actors.calls import Share
-from actors.generator import Generator, GeneratorSpec, GeneratorStats, engine_environment
+from actors.generator import Generator, GeneratorSpec, GeneratorStats
+from actors.vllm_engine import engine_environment
 from actors.weights.offer import WeightsOffer, WeightsReceipt
 from rollout.config import SamplingConfig
 from rollout.failures import Failure, FailureError, FailureKind

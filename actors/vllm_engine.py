@@ -1,0 +1,93 @@
+"""How a generator's vLLM engine is set up and ended. vLLM itself is imported only when an engine is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from actors.config import GeneratorConfig
+
+if TYPE_CHECKING:
+    from actors.generator import GeneratorSpec
+
+CPU_BATCHED_TOKENS = 8192
+GIB = 1 << 30
+
+
+def engine_environment(config: GeneratorConfig) -> dict[str, str]:
+    """Environment of a generator's process and its engine. Has to be set before vLLM is imported."""
+    return {
+        "OMP_NUM_THREADS": str(config.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker lives in the engine's process: one start-up less
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are shared with the trainer
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def engine_args(spec: GeneratorSpec, banned_token_ids: Sequence[int]) -> Any:
+    """vLLM's AsyncEngineArgs for a generator, on the platform that the installed vLLM serves."""
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    from actors.token_mask import CONFIG_KEY
+    from actors.weights.plugin import BACKEND
+
+    model, config = spec.model, spec.config
+    platform: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_share}
+    if current_platform.is_cpu():
+        platform = {
+            "kv_cache_memory_bytes": int(config.kv_cache_gib * GIB),
+            "skip_mm_profiling": True,
+            # vLLM's CPU sampler can't rewind a seeded request whose prompt is prefilled in parts
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(model.max_length, CPU_BATCHED_TOKENS),
+        }
+    return AsyncEngineArgs(
+        model=str(model.path),
+        dtype=model.precision,
+        max_model_len=model.max_length,
+        max_num_seqs=config.max_sequences,
+        tensor_parallel_size=config.tensor_parallel,
+        enforce_eager=config.enforce_eager,
+        enable_prefix_caching=config.prefix_caching,
+        limit_mm_per_prompt={"image": config.max_images, "video": 0, "audio": 0},
+        trust_remote_code=model.trust_remote_code,
+        seed=spec.seed,
+        logprobs_mode="processed_logprobs",
+        logits_processors=["actors.token_mask:BannedTokens"],
+        additional_config={CONFIG_KEY: list(banned_token_ids)},
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        generation_config="vllm",
+        disable_log_stats=True,
+        **platform,
+    )
+
+
+def engine_processes(engine: Any) -> list[psutil.Process]:
+    """The engine's processes: children of this one, among which other projects' may be."""
+    manager = getattr(engine.engine_core.resources, "engine_manager", None)
+    own: list[psutil.Process] = []
+    for process in getattr(manager, "processes", ()):
+        try:
+            root = psutil.Process(process.pid)
+            own.extend([root, *root.children(recursive=True)])
+        except psutil.NoSuchProcess:
+            continue
+    return own
+
+
+def end_processes(processes: list[psutil.Process], deadline_s: float) -> None:
+    """Kill what is still alive and wait until it is gone."""
+    alive = [process for process in processes if process.is_running()]
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=deadline_s)
