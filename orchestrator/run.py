@@ -79,7 +79,7 @@ async def _train(config: Config, *, resume: bool) -> int:
     checkpoints = Checkpoints(config.run.folder, keep=config.checkpoint.keep)
     checkpoint = checkpoints.latest() if resume else None
     state = read_state(checkpoint) if checkpoint else RunState()
-    with open_journal(config, state, is_resumed=checkpoint is not None) as journal:
+    with open_journal(config, state, is_resumed=resume) as journal:
         outcome, verdict = FAILED, "failed"
         try:
             async with start_training(config, state, checkpoints, journal, checkpoint) as training:
@@ -118,7 +118,12 @@ def open_journal(config: Config, state: RunState, *, is_resumed: bool) -> Iterat
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
     tracker = Tracker.start(
-        config.tracking, folder, config.run.name, config.model_dump(mode="json"), state.mlflow_run_id
+        config.tracking,
+        folder,
+        config.run.name,
+        config.model_dump(mode="json"),
+        state.mlflow_run_id,
+        is_resumed=is_resumed,
     )
     record = Record(folder, resume_step=state.version if is_resumed else None)
     with tracker, record, Progress(config.trainer.steps, first_step=state.version) as progress:

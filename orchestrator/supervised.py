@@ -37,7 +37,7 @@ async def fine_tune(config: SFTConfig) -> int:
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
-    tracker = Tracker.start(config.tracking, folder, config.run.name, config.model_dump(mode="json"), None)
+    tracker = Tracker.start(config.tracking, folder, config.run.name, config.model_dump(mode="json"), is_resumed=False)
     with tracker, Record(folder) as record, Progress(config.trainer.steps) as progress:
         record.event("started", step=0, seed=config.run.seed)
         try:
