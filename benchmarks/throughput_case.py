@@ -80,7 +80,7 @@ def set_end_probability(
     The output head, untied from the embeddings, reads it with one weight a token, which acts as a bias on the logit.
 
     Args:
-        model: a freshly initialised policy, whose logits are all near 0.
+        model: a freshly initialised policy.
         tokenizer: its tokenizer; its vocabulary is the model's.
         probability: of the end of turn after each token; 0 never ends.
     """
@@ -96,13 +96,17 @@ def set_end_probability(
         layer.mlp.down_proj.weight[0] = 0.0
     vocabulary = model.lm_head.out_features
     special = sorted(set(tokenizer.all_special_ids) | set(range(len(tokenizer), vocabulary)))
-    others = vocabulary - len(special)
-    end = math.log(others * probability / (1 - probability)) if probability > 0 else NEVER_LOGIT
     # The head's other weights keep their small random values, so tokens differ as they would in any policy.
     model.lm_head.weight[:, 0] = 0.0
     model.lm_head.weight[special] = 0.0
     model.lm_head.weight[special, 0] = NEVER_LOGIT / math.sqrt(width)
-    model.lm_head.weight[tokenizer.eos_token_id, 0] = end / math.sqrt(width)
+    if probability > 0:
+        ordinary = torch.tensor([token for token in range(vocabulary) if token not in special])
+        contexts = ordinary[torch.randint(len(ordinary), (8, 64), generator=torch.Generator().manual_seed(0))]
+        hidden = language(input_ids=contexts).last_hidden_state
+        others = model.lm_head(hidden)[..., ordinary].logsumexp(-1).mean()
+        end = others + math.log(probability / (1 - probability))
+        model.lm_head.weight[tokenizer.eos_token_id, 0] = end / hidden[..., 0].mean()
 
 
 def write_case(case: Case, folder: Path, prompts: int, seed: int = 0) -> None:
