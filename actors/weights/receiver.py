@@ -94,6 +94,8 @@ class WeightReceiver:
             partial = self._partial
             if partial is None or partial.digest != offer.manifest_digest:
                 manifest = pull.manifest()
+                if manifest.version != offer.version:
+                    raise pull.failure("weights_corrupt", f"its manifest says version {manifest.version}")
                 self._forget()
                 partial = self._partial = _Partial(manifest, offer.manifest_digest, self._room(manifest.nbytes))
             pull.buckets(partial)
@@ -151,9 +153,9 @@ class _Pull:
                 try:
                     return Manifest.unpack(bytes(content))
                 except ManifestError as error:
-                    raise self._failure("weights_corrupt", str(error)) from error
+                    raise self.failure("weights_corrupt", str(error)) from error
             logger.warning("manifest of version %d arrived with a wrong digest; asking again", self._offer.version)
-        raise self._failure("weights_corrupt", "its manifest never had the digest that was offered")
+        raise self.failure("weights_corrupt", "its manifest never had the digest that was offered")
 
     def buckets(self, partial: _Partial) -> None:
         """Fill in what is missing, a few buckets under way at a time."""
@@ -174,7 +176,7 @@ class _Pull:
                 "bucket %d of version %d arrived with a wrong digest; asking again", index, self._offer.version
             )
             if attempts[index] >= MAX_ATTEMPTS:
-                raise self._failure("weights_corrupt", f"bucket {index} had a wrong digest {MAX_ATTEMPTS} times")
+                raise self.failure("weights_corrupt", f"bucket {index} had a wrong digest {MAX_ATTEMPTS} times")
             waiting.appendleft(index)
 
     def _ask(self, operation: str, index: int) -> None:
@@ -187,7 +189,7 @@ class _Pull:
         while True:
             now = time.monotonic()
             if now >= self._until:
-                raise self._failure("weights_timeout", f"the publisher didn't deliver within {self._deadline_s:g} s")
+                raise self.failure("weights_timeout", f"the publisher didn't deliver within {self._deadline_s:g} s")
             self._check_refused()
             for index, since in asked.items():
                 if now - since > self._retry_s:
@@ -199,7 +201,7 @@ class _Pull:
             if header.get("digest") != self._offer.manifest_digest or header.get("op") != operation:
                 continue
             if "error" in header:
-                raise self._failure("weights_gone", str(header["error"]))
+                raise self.failure("weights_gone", str(header["error"]))
             answered = header.get("index")
             if isinstance(answered, int) and answered in asked:
                 return answered, payload
@@ -217,8 +219,9 @@ class _Pull:
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
             if event & REFUSED:
-                raise self._failure("weights_refused", "it refused this run's keys")
+                raise self.failure("weights_refused", "it refused this run's keys")
 
-    def _failure(self, reason: str, why: str) -> FailureError:
+    def failure(self, reason: str, why: str) -> FailureError:
+        """What went wrong with this offer."""
         message = f"weights of policy version {self._offer.version} from {self._offer.endpoint}: {why}"
         return FailureError(Failure(FailureKind.INFRASTRUCTURE, reason, message))

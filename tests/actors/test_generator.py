@@ -187,16 +187,13 @@ async def test_tokens_sampled_across_an_update_carry_their_version_right_at_the_
 @pytest.mark.engine
 @engine_test
 async def test_a_publisher_that_vanishes_leaves_the_generator_on_its_old_version_and_right(setup: Setup):
-    old = await setup.generator.policy_version()
-    offer = setup.policy.publisher
-    lost = setup.policy.publish()
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        nowhere = replace(lost, endpoint=f"tcp://127.0.0.1:{silent.getsockname()[1]}", version=old + 1)
-        with pytest.raises(FailureError) as caught:
-            await setup.generator.load_weights(nowhere)
+    old, weights = await setup.generator.policy_version(), copy.deepcopy(setup.policy.module.state_dict())
+    offer = setup.policy.perturb()
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(FailureError) as caught:
+        await setup.generator.load_weights(replace(offer, endpoint=f"tcp://127.0.0.1:{silent.getsockname()[1]}"))
     assert caught.value.failure.reason == "weights_timeout"
-    assert offer is setup.policy.publisher
     assert await setup.generator.policy_version() == old
+    setup.policy.module.load_state_dict(weights)
     await assert_agreement(setup)
 
 
