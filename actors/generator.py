@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RECEIVE_SHARE = 0.8  # of the deadline of an update; the rest is for loading
+REQUEST_FAILED = "request_failed"
 ABORTED_S = 0.05  # for the outputs of aborted requests to reach their callers
 
 
@@ -168,20 +169,15 @@ class Generator:
             return self._stale
         started = time.monotonic()
         try:
-            encoded = await asyncio.to_thread(self._encoder.encode, prompt)
-            engine_input = await self._expand(prompt, encoded)
-        except DataError as error:
-            return error.failure
-        self._counters.requests += 1
-        self._counters.sequences += n
-        try:
-            output = await self._run(engine_input, self._sampling_params(n, sampling, seed), request_id)
+            self._counters.requests += 1
+            self._counters.sequences += n
+            output = await self._answer(prompt, self._sampling_params(n, sampling, seed), request_id)
         except FailureError as error:
             return error.failure
         finally:
             self._counters.requests -= 1
             self._counters.sequences -= n
-        return self._generation(output, started)
+        return self._generation(output, n, started, has_text=bool(sampling.stop))
 
     async def load_weights(self, offer: WeightsOffer) -> WeightsReceipt:
         """Bring the engine to a new policy version while sequences are in flight; they go on with the new weights.
@@ -268,6 +264,16 @@ class Generator:
             why = f"vLLM didn't start with {model.path}: {error}"
             raise FailureError(self._failure("engine_start_failed", why)) from error
 
+    async def _answer(self, prompt: Prompt, params: SamplingParams, request_id: str) -> RequestOutput:
+        encoded = await asyncio.to_thread(self._encoder.encode, prompt)
+        try:
+            return await self._run(await self._expand(prompt, encoded), params, request_id)
+        except FailureError as error:
+            if error.failure.reason != REQUEST_FAILED:
+                raise
+        # vLLM keeps media in two caches; where they drift apart it forgets the media and wants the request again
+        return await self._run(await self._expand(prompt, encoded), params, f"{request_id}-again")
+
     async def _expand(self, prompt: Prompt, encoded: EncodedPrompt) -> Any:
         """vLLM's input for a prompt: media placeholders expanded, once, by the engine's own processor."""
         request: dict[str, Any] = {
@@ -296,7 +302,7 @@ class Generator:
         is_greedy = sampling.temperature == 0.0
         stop_ids = () if sampling.ignore_eos else (*self._encoder.stop_token_ids, *sampling.stop_token_ids)
         return SamplingParams(
-            n=n,
+            n=1 if is_greedy else n,  # greedy samples are all the same: one is drawn, and repeated
             temperature=sampling.temperature,
             top_p=1.0 if is_greedy else sampling.top_p,
             top_k=0 if is_greedy else sampling.top_k,
@@ -322,13 +328,16 @@ class Generator:
         except (EngineDeadError, EngineGenerateError) as error:
             why = f"its engine died or failed while it served {request_id}: {error!r}"
             raise FailureError(self._failure("engine_dead", why)) from error
-        if output is None or any(completion.finish_reason == "abort" for completion in output.outputs):
-            aborted = self._failure("generation_aborted", f"request {request_id} was aborted")
-            raise FailureError(self._stale or aborted)
+        reasons = {completion.finish_reason for completion in output.outputs} if output else {None}
+        if output is None or not reasons <= {"stop", "length"}:
+            reason = REQUEST_FAILED if "error" in reasons else "generation_aborted"
+            why = f"request {request_id} ended with {reasons}"
+            raise FailureError(self._stale or self._failure(reason, why))
         return output
 
-    def _generation(self, output: RequestOutput, started: float) -> Generation:
-        completions = tuple(self._completion(completion) for completion in output.outputs)
+    def _generation(self, output: RequestOutput, n: int, started: float, *, has_text: bool) -> Generation:
+        completions = tuple(self._completion(completion, has_text) for completion in output.outputs)
+        completions *= n // len(completions)
         self._counters.completions += len(completions)
         self._counters.generated_tokens += sum(map(len, completions))
         return Generation(
@@ -338,14 +347,14 @@ class Generator:
             seconds=time.monotonic() - started,
         )
 
-    def _completion(self, output: CompletionOutput) -> Completion:
+    def _completion(self, output: CompletionOutput, has_text: bool) -> Completion:
         token_ids = np.asarray(output.token_ids, dtype=np.int32)
         return Completion(
             token_ids=token_ids,
             log_probs=np.asarray(output.logprobs.logprobs, dtype=np.float32),  # type: ignore[union-attr]
             policy_versions=_policy_versions(output, len(token_ids)),
-            finish_reason=FinishReason(output.finish_reason or "abort"),
-            text=output.text if output.text else self._encoder.decode(token_ids),
+            finish_reason=FinishReason(str(output.finish_reason)),
+            text=output.text if has_text else self._encoder.decode(token_ids),
         )
 
     async def _load(self, manifest: bytes, path: Path, version: int) -> None:
@@ -377,7 +386,7 @@ class Generator:
         # AsyncLLM.pause_generation does the same and then sleeps for 20 ms, a third of a small model's update
         pause = self._engine.engine_core.pause_scheduler_async
         try:
-            await pause(mode=mode, clear_cache=mode == "abort")
+            await pause(mode=mode, clear_cache=False)
         except EngineDeadError as error:
             raise FailureError(self._failure("engine_dead", "its engine is dead")) from error
 
