@@ -63,4 +63,4 @@ class PlainTrainer:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimiser.step()
-        return float(loss), float(norm)
+        return float(loss.detach()), float(norm)
