@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -12,13 +13,23 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rollout.failures import Failure, FailureError, FailureKind
+
 STATE = "state.json"
 POLICY = "policy"
 NAME = re.compile(r"step-(\d{6,})")
 
 
-class CheckpointError(Exception):
+FULL_BELOW_BYTES = 1 << 20
+"""A write that failed with less room than this left, and no clearer reason, failed for want of room."""
+
+
+class CheckpointError(FailureError):
     """A checkpoint can't be written or read; the message says which and what to do."""
+
+    def __init__(self, reason: str | Failure, message: str = "") -> None:
+        failure = reason if isinstance(reason, Failure) else Failure(FailureKind.INFRASTRUCTURE, reason, message)
+        super().__init__(failure)
 
 
 class BestMetric(BaseModel):
@@ -74,7 +85,9 @@ class Checkpoints:
         """Write a checkpoint: policy first, state last, then one rename.
 
         Raises:
-            CheckpointError: the disk refused; the half-written folder is removed and older checkpoints stay.
+            CheckpointError: the disk refused (`checkpoint_disk_full`, `checkpoint_write_failed`).
+            FailureError: the policy couldn't save its state.
+        Whatever is raised, the half-written folder is removed and older checkpoints stay as they are.
         """
         final = self.folder / f"step-{state.version:06d}"
         if (final / STATE).is_file():
@@ -85,14 +98,16 @@ class Checkpoints:
             temporary.mkdir(parents=True)
             await save_policy(temporary / POLICY)
             _write_durably(temporary / STATE, state.model_dump_json(indent=2))
+            _sync(temporary)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
-            _sync_folder(self.folder)
-        except OSError as error:
+            _sync_entry(self.folder)
+        except (OSError, FailureError) as error:
+            refusal = _refusal(final, error)
             shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(
-                f"{final}: can't be written ({error}); the checkpoints before it are whole"
-            ) from error
+            if refusal is None:
+                raise
+            raise refusal from error
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -118,7 +133,9 @@ def step_of(checkpoint: Path) -> int:
     """The training step a checkpoint's folder is named for."""
     match = NAME.fullmatch(checkpoint.name)
     if match is None:
-        raise CheckpointError(f"{checkpoint}: not a checkpoint folder; they are named step-000123")
+        raise CheckpointError(
+            "checkpoint_unknown", f"{checkpoint}: not a checkpoint folder; they are named step-000123"
+        )
     return int(match.group(1))
 
 
@@ -131,9 +148,8 @@ def read_state(checkpoint: Path) -> RunState:
     try:
         return RunState.model_validate_json((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValidationError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint / STATE}: can't be read ({error}). Remove the folder to use an older one."
-        ) from error
+        message = f"{checkpoint / STATE}: can't be read ({error}). Remove {checkpoint} to go on from an older one."
+        raise CheckpointError("checkpoint_damaged", message) from error
 
 
 def _write_durably(path: Path, text: str) -> None:
@@ -143,9 +159,35 @@ def _write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(folder: Path) -> None:
+    """Bring a folder's files to the disk, so that not even a power cut leaves a named checkpoint half-empty."""
+    for parent, _, names in os.walk(folder):
+        for path in (*(Path(parent, name) for name in names), Path(parent)):
+            _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _refusal(final: Path, error: Exception) -> CheckpointError | None:
+    """The disk's refusal behind an error, if it is one. A policy that writes from another process only quotes it."""
+    stands = "The checkpoints before it are whole; free space there and go on with --resume."
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    is_full = is_full or any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+    if is_full or _room(final.parent) < FULL_BELOW_BYTES:
+        return CheckpointError("checkpoint_disk_full", f"{final}: the disk is full. {stands}")
+    if isinstance(error, OSError):
+        return CheckpointError("checkpoint_write_failed", f"{final}: can't be written ({error}). {stands}")
+    return None
+
+
+def _room(folder: Path) -> int:
+    """Free bytes where the folder is; endless where that can't be told."""
+    with suppress(OSError):
+        return shutil.disk_usage(folder).free
+    return FULL_BELOW_BYTES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator
 
 from actors.config import DeadlineConfig
@@ -15,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of a local cluster: what crosses it is token ids, never pixels or weights."""
+MAX_LOCAL_ACTORS = 64
+"""Actors of a role that may share one machine, whatever they ask for: its real resources are shared, not reserved."""
 
 
 @contextlib.asynccontextmanager
@@ -29,8 +32,13 @@ async def ray_cluster(config: ClusterConfig, deadlines: DeadlineConfig) -> Async
     import ray
 
     where = config.address or "a local cluster"
+    connecting = asyncio.ensure_future(asyncio.to_thread(_connect, config))
     try:
-        await asyncio.wait_for(asyncio.to_thread(_connect, config), deadlines.start_s)
+        await asyncio.wait_for(asyncio.shield(connecting), deadlines.start_s)
+    except asyncio.CancelledError:
+        await asyncio.wait({connecting}, timeout=deadlines.stop_s)  # a start can't be cut, only undone
+        await asyncio.to_thread(ray.shutdown)
+        raise
     except (TimeoutError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         ray.shutdown()
         message = f"Ray ({where}) can't be used: {type(error).__name__} {error}. Is cluster.address right?"
@@ -50,7 +58,7 @@ def _connect(config: ClusterConfig) -> None:
     roles = (config.policy, config.generator, config.reference, config.reward)
     ray.init(
         address="local",  # never the cluster that an environment variable or an earlier start points to
-        num_cpus=max(1, round(sum(role.cpus for role in roles))),
+        num_cpus=max(1, math.ceil(MAX_LOCAL_ACTORS * sum(role.cpus for role in roles))),
         resources=_custom(roles) or None,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
@@ -68,7 +76,3 @@ def _custom(roles: tuple[RoleResources, ...]) -> dict[str, float]:
         for name, amount in role.custom.items():
             offered[name] = offered.get(name, 0.0) + amount * MAX_LOCAL_ACTORS
     return offered
-
-
-MAX_LOCAL_ACTORS = 64
-"""Actors of a role that may share one machine."""

@@ -10,18 +10,20 @@ from typing import Literal
 
 import numpy as np
 
-from orchestrator.fleet import GeneratorFleet
+from orchestrator.fleet import NO_GENERATOR, GeneratorFleet
 from orchestrator.record import EvaluationResult, SampleRow, sample_rows
 from orchestrator.scorer import Scorer
 from rollout.config import SamplingConfig
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.intervals import mean_interval
 from rollout.prompts import Prompt
-from rollout.samples import ScoredGroup
+from rollout.samples import Generation, ScoredGroup
 
 Mode = Literal["greedy", "sampled"]
 IN_FLIGHT = 512
 """Prompts under way at once."""
+MAX_ATTEMPTS = 3
+"""Tries of one prompt's generation."""
 MAX_FAILED_SHARE = 0.1
 """An evaluation with more failed prompts than this says nothing about the rest."""
 
@@ -70,7 +72,7 @@ async def evaluate(
         seed: prompt k is sampled with seed + k, so that evaluations of two versions differ by the policy alone.
         shown: how many completions to return as rows.
     Raises:
-        FailureError: more than a tenth of the prompts failed.
+        FailureError: more than a tenth of the prompts failed, no generator is left, or something of ours is broken.
     """
     started = time.monotonic()
     if mode == "greedy":
@@ -79,14 +81,10 @@ async def evaluate(
 
     async def judge(index: int, prompt: Prompt) -> ScoredGroup | Failure:
         async with room:
-            name = f"eval-{mode}-{version}-{index}-{time.monotonic_ns()}"
-            try:
-                generation = await fleet.generate(prompt, 1, sampling, seed + index, name)
-                if isinstance(generation, Failure):
-                    return generation
-                scores = await scorer.score(prompt, generation.completions)
-            except FailureError as error:
-                return error.failure
+            generation = await _generate(fleet, prompt, sampling, seed + index, f"eval-{mode}-{version}-{index}")
+            if isinstance(generation, Failure):
+                return generation
+            scores = await scorer.score(prompt, generation.completions)
             if isinstance(scores, Failure):
                 return scores
             return ScoredGroup(prompt.prompt_id, prompt, generation, scores)
@@ -96,12 +94,26 @@ async def evaluate(
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     if not judged or len(failures) > MAX_FAILED_SHARE * len(outcomes):
         message = f"{len(failures)} of {len(outcomes)} held-out prompts failed; the last one: {failures[-1].message}"
-        raise FailureError(Failure(FailureKind.USER_CODE, "evaluation_failed", message))
+        raise FailureError(Failure(failures[-1].kind, "evaluation_failed", message))
     counts: dict[str, int] = {}
     for failure in failures:
         counts[failure.reason] = counts.get(failure.reason, 0) + 1
     rows = [row for group in judged[:shown] for row in sample_rows(group)]
     return Evaluation(mode, version, _result(judged), counts, rows, time.monotonic() - started)
+
+
+async def _generate(
+    fleet: GeneratorFleet, prompt: Prompt, sampling: SamplingConfig, seed: int, name: str
+) -> Generation | Failure:
+    """One completion; what died with its generator is sampled anew, elsewhere if possible."""
+    for attempt in range(MAX_ATTEMPTS):
+        try:
+            return await fleet.generate(prompt, 1, sampling, seed, f"{name}-{attempt}-{time.monotonic_ns()}")
+        except FailureError as error:
+            if error.failure.kind is not FailureKind.INFRASTRUCTURE or error.failure.reason == NO_GENERATOR:
+                raise
+            last = error.failure
+    return last
 
 
 def replace_temperature(sampling: SamplingConfig, temperature: float) -> SamplingConfig:

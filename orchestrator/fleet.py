@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+NO_GENERATOR = "no_generator"
+"""Reason of the failure for which no retry helps: every generator is lost."""
 MAX_RESTARTS = 3
 """Restarts of one generator before the fleet goes on without it."""
 
@@ -123,7 +125,7 @@ class GeneratorFleet:
         living = [m for m in self.members if m.health is not Health.DEAD]
         receipts = [r for r in await asyncio.gather(*(self._deliver(m, offer) for m in living)) if r is not None]
         if not receipts:
-            await self._wait_for_healthy()
+            await self.until_serving()
         return Publication(
             offer.version,
             len(receipts),
@@ -140,12 +142,18 @@ class GeneratorFleet:
         await asyncio.gather(*(handle.stop() for handle in handles), return_exceptions=True)
 
     async def _acquire(self) -> Member:
-        await self._wait_for_healthy()
+        await self.until_serving()
         member = min((m for m in self.members if m.health is Health.HEALTHY), key=lambda m: m.running)
         member.running += 1
         return member
 
-    async def _wait_for_healthy(self) -> None:
+    async def until_serving(self) -> None:
+        """Wait until a generator serves the current version; at once where one does.
+
+        Raises:
+            FailureError: `no_generator`: all are lost, or none came back in time.
+        """
+
         def is_settled() -> bool:
             return any(m.health is Health.HEALTHY for m in self.members) or not self._restarts
 
@@ -157,7 +165,7 @@ class GeneratorFleet:
         if not any(m.health is Health.HEALTHY for m in self.members):
             states = ", ".join(f"{m.name} {m.health} after {m.restarts} restarts" for m in self.members)
             message = f"no generator can serve: {states}. Their logs are in the Ray session's folder."
-            raise FailureError(Failure(FailureKind.INFRASTRUCTURE, "no_generator", message))
+            raise FailureError(Failure(FailureKind.INFRASTRUCTURE, NO_GENERATOR, message))
 
     async def _deliver(self, member: Member, offer: WeightsOffer) -> WeightsReceipt | None:
         """Load a version into one generator; resend once; then give the generator up for a restart."""
@@ -174,7 +182,8 @@ class GeneratorFleet:
                 continue
             if receipt.version == offer.version and receipt.digest == offer.manifest_digest:
                 member.version = offer.version
-                await self._set(member, Health.HEALTHY)
+                if offer is self.offer:  # a newer one may have been published meanwhile; it comes next
+                    await self._set(member, Health.HEALTHY)
                 return receipt
             self.on_event("digest_mismatch", generator=member.name, version=offer.version)
             if attempt == 2:
@@ -198,7 +207,7 @@ class GeneratorFleet:
             if member.handle is not None:
                 await member.handle.stop()
             if member.restarts >= MAX_RESTARTS:
-                logger.error("%s died %d times and is given up", member.name, member.restarts + 1)
+                self.on_event("generator_lost", generator=member.name, why=f"it died {member.restarts + 1} times")
                 return
             member.restarts += 1
             member.handle = await self.launch(member.name)
@@ -206,8 +215,8 @@ class GeneratorFleet:
             self.on_event("generator_restarted", generator=member.name, restarts=member.restarts)
             while member.health is Health.STALE and self.offer is not None and member.version != self.offer.version:
                 await self._deliver(member, self.offer)
-        except FailureError as error:
-            logger.error("%s can't be restarted: %s", member.name, error)
+        except Exception as error:  # whatever it is, the fleet has to go on without this one
+            self.on_event("generator_lost", generator=member.name, why=str(error))
             member.health = Health.DEAD
         finally:
             self._restarts.discard(asyncio.current_task())

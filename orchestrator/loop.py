@@ -66,6 +66,8 @@ class Training:
     checkpoints: Checkpoints
     journal: Journal
     canary: asyncio.Task[dict[str, float]] | None = field(default=None, init=False)
+    is_whole: bool = field(default=True, init=False)
+    """Whether the trainer is at the state's version: False from the start of an update until it has succeeded."""
 
     async def train(self) -> None:
         """From the state's version to the last step.
@@ -83,7 +85,8 @@ class Training:
             with watch("reference"):
                 samples = await self.appraise(batch)
             with watch("learn"):
-                learned = await uninterrupted(self.learn(samples))
+                learned = await self.take_canary()
+                learned |= await uninterrupted(self.learn(samples))
             with watch("sync"):
                 learned |= await self.publish()
             learned |= self.agreement(learned)
@@ -120,12 +123,13 @@ class Training:
     async def learn(self, samples: list[TrainingSample]) -> dict[str, float]:
         """One policy update, and everything that must change together with it."""
         coefficient = self.controller.coefficient
-        seen = await self.take_canary()
+        self.is_whole = False
         metrics = await self.policy.update(samples, kl_coefficient=coefficient)
         self.state.version += 1
+        self.is_whole = True
         self.rollouts.learned()
         self.controller = self.controller.update(metrics.get("train/kl_reference", 0.0))
-        return metrics | seen | {"train/kl_coefficient": coefficient}
+        return metrics | {"train/kl_coefficient": coefficient}
 
     async def publish(self) -> dict[str, float]:
         """Bring the current version to every generator; the next batch may be admitted then."""
@@ -146,18 +150,28 @@ class Training:
         }
 
     async def take_canary(self) -> dict[str, float]:
-        """What the canary of the version still current found; it must be in before that version is gone."""
+        """What the canary of the version still current found; it must be in before that version is gone.
+
+        A canary that died with its generator says nothing of the policy: then there is no figure for this version.
+        """
         canary, self.canary = self.canary, None
-        return await canary if canary is not None else {}
+        try:
+            return await canary if canary is not None else {}
+        except FailureError as error:
+            if error.failure.kind is not FailureKind.INFRASTRUCTURE:
+                raise
+            self.journal.event("no_canary", version=self.state.version, why=str(error))
+            return {}
 
     def agreement(self, metrics: dict[str, float]) -> dict[str, float]:
-        """How far trainer and generators agree; an alarm where it is not far enough.
+        """How far trainer and generators agree, as far as it was measured; an alarm where it is not far enough.
 
         Raises:
             FailureError: weights.on_alarm = stop, and they disagree.
         """
         names = ("mismatch_kl", "max_logprob_gap")
-        found = {f"rollout/{n}": metrics.get(f"rollout/{n}", metrics.get(f"train/{n}", 0.0)) for n in names}
+        measured = {n: metrics.get(f"rollout/{n}", metrics.get(f"train/{n}")) for n in names}
+        found = {f"rollout/{n}": value for n, value in measured.items() if value is not None}
         said = alarm(found, self.config.weights)
         if said is not None:
             self.journal.event("alarm", version=self.state.version - 1, why=said)

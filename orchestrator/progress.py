@@ -142,7 +142,10 @@ class Progress:
         self._stop_live()
         width = max((len(name) for name in summary), default=0)
         for name, value in summary.items():
-            self._line(f"{_clean(name):<{width}}  {_clean(str(value))}")
+            first, *more = str(value).splitlines() or [""]
+            self._line(f"{_clean(name):<{width}}  {_clean(first)}")
+            for line in more:  # a verdict may end in a traceback
+                self._line(f"{'':<{width}}  {_clean(line)}")
 
     def display(self) -> RenderableType:
         """The live display as it stands."""

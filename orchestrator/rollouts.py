@@ -7,12 +7,13 @@ What may be admitted and what makes a batch is decided in :mod:`rollout.schedule
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from orchestrator.fleet import GeneratorFleet
+from orchestrator.fleet import NO_GENERATOR, GeneratorFleet
 from orchestrator.scorer import Scorer
 from rollout.config import RolloutConfig
 from rollout.cursor import PromptCursor
@@ -35,6 +36,8 @@ from rollout.scheduler import Scheduler
 EQUAL_REWARDS = "equal_rewards"
 BUDGET_WINDOW = 200
 """Groups over which the share dropped because of failures is taken."""
+MAX_EQUAL_BATCHES = 20
+"""Batches' worth of groups in a row whose rewards were all equal; then there is nothing left to learn."""
 
 
 @dataclass
@@ -118,6 +121,9 @@ class Rollouts:
         self._activity = Activity()
         self._failed: deque[bool] = deque(maxlen=BUDGET_WINDOW)
         self._last_failure: Failure | None = None
+        self._equal_in_a_row = 0
+        self._draws: Counter[str] = Counter()
+        self._drawn_at = -1
         self._dropped_since: dict[str, int] = {}
         self._handed_out: list[Prompt] = []
 
@@ -146,7 +152,7 @@ class Rollouts:
             group_id = f"g{self._groups.admitted:08d}"
             self._prompts[group_id] = prompt
             self._apply(Admit(group_id, prompt.prompt_id, version, time.time()))
-            task = asyncio.get_running_loop().create_task(self._live(group_id, prompt))
+            task = asyncio.get_running_loop().create_task(self._live(group_id, prompt, self._seed_of(prompt, version)))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -163,6 +169,10 @@ class Rollouts:
             chosen = self._scheduler.batch(self._groups.open.values(), next_batch=self._next_batch)
             if chosen is not None:
                 break
+            if not self._tasks:
+                # No group is under way because no generator serves; nobody else would tell when one does.
+                await self._fleet.until_serving()
+                continue
             self._changed.clear()
             await self._changed.wait()
         groups = tuple(self._scored.pop(group.group_id) for group in chosen)
@@ -183,11 +193,22 @@ class Rollouts:
         now = time.time()
         self._apply(*(Drop(group_id, "run_stopped", now) for group_id in self._groups.open))
 
-    async def _live(self, group_id: str, prompt: Prompt) -> None:
+    def _seed_of(self, prompt: Prompt, version: int) -> int:
+        """Seed of a group: of the prompt, the version, and how often it was drawn at that version.
+
+        Of nothing that an interruption shifts, so that a resumed run samples what an uninterrupted one would have.
+        """
+        if version != self._drawn_at:
+            self._drawn_at, self._draws = version, Counter()
+        self._draws[prompt.prompt_id] += 1
+        name = f"{self._seed}:{prompt.prompt_id}:{version}:{self._draws[prompt.prompt_id]}"
+        return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") >> 1
+
+    async def _live(self, group_id: str, prompt: Prompt, seed: int) -> None:
         """One group's life up to READY or DROPPED."""
         try:
             self._apply(StartGeneration(group_id, time.time()))
-            generation = await self._generate(group_id, prompt)
+            generation = await self._generate(group_id, prompt, seed)
             if isinstance(generation, Failure):
                 self._drop(group_id, generation)
                 return
@@ -210,14 +231,14 @@ class Rollouts:
                 return
             self._scored[group_id] = ScoredGroup(group_id, prompt, generation, scores)
             self._failed.append(False)
+            self._equal_in_a_row = 0
         except Exception as error:  # whatever it is, the loop must hear of it and not wait for the group for ever
             self._fatal = self._fatal or error
         finally:
             self._changed.set()
 
-    async def _generate(self, group_id: str, prompt: Prompt) -> Generation | Failure:
+    async def _generate(self, group_id: str, prompt: Prompt, seed: int) -> Generation | Failure:
         """Completions of one group; what an infrastructure failure lost is generated anew, elsewhere if possible."""
-        seed = (self._seed * 1_000_003 + int(group_id[1:])) % 2**31
         last: Failure | None = None
         for attempt in range(self._config.max_attempts):
             self._activity.change(generating=1)
@@ -226,7 +247,7 @@ class Rollouts:
                     prompt, self._config.group_size, self._config.sampling, seed, f"{group_id}-{attempt}"
                 )
             except FailureError as error:
-                if error.failure.kind is not FailureKind.INFRASTRUCTURE or error.failure.reason == "no_generator":
+                if error.failure.kind is not FailureKind.INFRASTRUCTURE or error.failure.reason == NO_GENERATOR:
                     raise
                 last = error.failure
                 self._on_event("generation_retried", group=group_id, attempt=attempt, why=last.message)
@@ -250,6 +271,7 @@ class Rollouts:
         self._apply(Drop(group_id, reason, time.time(), failure.message if failure else ""))
         self._dropped_since[reason] = self._dropped_since.get(reason, 0) + 1
         if failure is None:
+            self._equal_in_a_row += 1
             return
         self._last_failure = failure
         self._on_event(
@@ -266,6 +288,13 @@ class Rollouts:
     def _raise_if_lost(self) -> None:
         if self._fatal is not None:
             raise self._fatal
+        if self._equal_in_a_row >= MAX_EQUAL_BATCHES * self._config.prompts_per_step:
+            message = (
+                f"the rewards of {self._equal_in_a_row} groups in a row were all equal, so none of them can be learned "
+                "from (rollout.drop_equal_rewards). The policy may have learned all there is, or the reward is the "
+                "same for every answer."
+            )
+            raise FailureError(Failure(FailureKind.DATA, "nothing_to_learn", message))
         failed, seen = sum(self._failed), len(self._failed)
         enough = min(BUDGET_WINDOW, 2 * self._config.prompts_per_step)
         if seen >= enough and failed > self._config.max_dropped_share * seen and self._last_failure is not None:

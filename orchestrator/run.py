@@ -31,6 +31,8 @@ from rollout.media import MediaStore
 if TYPE_CHECKING:
     from orchestrator.loop import Training
 
+logger = logging.getLogger(__name__)
+
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 STATUS: dict[int, RunStatus] = {DONE: "FINISHED", FAILED: "FAILED", INTERRUPTED: "KILLED"}
 CHECKPOINT_S = 20.0
@@ -65,8 +67,13 @@ def _supervised_by_signals(run: Coroutine[Any, Any, int]) -> int:
     async def main() -> int:
         task = asyncio.ensure_future(run)
         loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            logger.warning("stopping: what must not be cut is finished first; once more, and it is cut")
+            task.cancel()
+
         for sign in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(sign, task.cancel)
+            loop.add_signal_handler(sign, stop)
         try:
             return await task
         except asyncio.CancelledError:
@@ -89,6 +96,9 @@ async def _train(config: Config, *, resume: bool) -> int:
             verdict = f"stopped at version {state.version}: {error}"
         except asyncio.CancelledError:
             outcome, verdict = INTERRUPTED, f"interrupted at version {state.version}; go on with --resume"
+        except Exception as error:
+            verdict = f"stopped at version {state.version} by a defect: {type(error).__name__}: {error}"
+            raise
         finally:
             await asyncio.to_thread(finish_records, config, journal, state, outcome, verdict)
     return outcome
@@ -99,24 +109,41 @@ async def _to_the_end(training: Training) -> None:
     config, journal, state = training.config, training.journal, training.state
     try:
         await training.train()
-    except (FailureError, asyncio.CancelledError) as error:
+    except (Exception, asyncio.CancelledError) as error:
         journal.record.event("stopped", step=state.version, why=str(error) or "interrupted")
-        # The trainer may be what was lost; then the last checkpoint stands.
-        with contextlib.suppress(FailureError, CheckpointError, TimeoutError):
-            async with asyncio.timeout(config.deadlines.stop_s + CHECKPOINT_S):
-                await training.checkpoint()
+        await _last_checkpoint(training)
         raise
     if config.checkpoint.export:
         journal.progress.phase("exporting the policy")
         await training.policy.export(config.run.folder / "export")
 
 
+async def _last_checkpoint(training: Training) -> None:
+    """Write one if the trainer can; it may be what was lost, and then the last checkpoint stands."""
+    if not training.is_whole:
+        training.journal.event("no_last_checkpoint", why="the policy was cut in the middle of an update")
+        return
+    try:
+        async with asyncio.timeout(training.config.deadlines.stop_s + CHECKPOINT_S):
+            await training.checkpoint()
+    except (FailureError, TimeoutError) as error:
+        training.journal.event("no_last_checkpoint", why=str(error) or "the trainer took too long to save")
+
+
 @contextlib.contextmanager
 def open_journal(config: Config, state: RunState, *, is_resumed: bool) -> Iterator[Journal]:
-    """Record, MLflow and terminal of a run, closed at the end whatever happens."""
+    """Record, MLflow and terminal of a run, closed at the end whatever happens.
+
+    Raises:
+        FailureError: the run folder can't be written.
+    """
     folder = config.run.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.yaml")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+    except OSError as error:
+        message = f"run.folder = {folder} can't be written: {error}. Free space there, or choose another folder."
+        raise FailureError(Failure(FailureKind.INFRASTRUCTURE, "run_folder_unwritable", message)) from error
     tracker = Tracker.start(
         config.tracking,
         folder,
@@ -139,18 +166,24 @@ def finish_records(config: Config, journal: Journal, state: RunState, outcome: i
 
     folder = config.run.folder
     journal.event("finished", status=STATUS[outcome], step=state.version, verdict=verdict)
-    report = write_report(folder)
-    for path in (report, folder / "summary.json", folder / "plots"):
+    words = {"verdict": verdict}
+    try:
+        report = write_report(folder)
+        words |= last_words(json.loads((folder / "summary.json").read_text(encoding="utf-8")), report)
+    except OSError as error:
+        words["report"] = f"can't be written ({error}); make it later with: counterpoint report {folder}"
+    for path in (folder / "report.html", folder / "summary.json", folder / "plots"):
         if path.exists():
             journal.tracker.artifact(path)
     status = journal.tracker.finish(STATUS[outcome])
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    journal.progress.finish(last_words(summary, verdict, report, status.run_id))
+    if status.run_id is not None:
+        words["MLflow run"] = status.run_id
+    journal.progress.finish(words)
 
 
-def last_words(summary: dict[str, Any], verdict: str, report: Path, run_id: str | None) -> dict[str, str]:
-    """What the terminal says at the end."""
-    words = {"verdict": verdict}
+def last_words(summary: dict[str, Any], report: Path) -> dict[str, str]:
+    """What the terminal says at the end of what was learned."""
+    words = {}
     for mode, before in summary["eval"]["before"].items():
         after = summary["eval"]["after"].get(mode)
         if after is not None:
@@ -162,8 +195,6 @@ def last_words(summary: dict[str, Any], verdict: str, report: Path, run_id: str 
         words["groups"] += f" + {groups['open']} open"
     words["training"] = f"{summary['steps']} steps in {summary['rl_seconds']:.0f} s"
     words["report"] = str(report)
-    if run_id is not None:
-        words["MLflow run"] = run_id
     return words
 
 
@@ -216,7 +247,7 @@ async def _export(run_folder: Path, out: Path) -> int:
     config: Config = load_config(run_folder / "config.yaml", ())
     checkpoint = Checkpoints(run_folder, keep=config.checkpoint.keep).latest()
     if checkpoint is None:
-        raise CheckpointError(f"{run_folder} has no whole checkpoint to export")
+        raise CheckpointError("checkpoint_missing", f"{run_folder} has no whole checkpoint to export")
     async with ray_cluster(config.cluster, config.deadlines):
         policy = await start_policy(config, run_folder / "media")
         try:

@@ -48,7 +48,7 @@ class Scorer:
         """A score for each completion, or the failure for which the group is to be dropped.
 
         Raises:
-            FailureError: the server can't be kept alive.
+            FailureError: the server can't be kept alive, or is at fault itself.
         """
         while True:
             handle = self._handle
@@ -56,6 +56,8 @@ class Scorer:
             try:
                 return await handle.score(prompt, completions, deadline_s=self._deadline_s)
             except FailureError as error:
+                if error.failure.reason == "reward_server_timeout":
+                    return error.failure
                 if error.failure.reason != "reward_server_died":
                     raise
                 await self._revive(handle, error.failure)

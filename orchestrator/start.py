@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.calls import Share
 from orchestrator.checkpoints import POLICY, Checkpoints, RunState
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from orchestrator.loop import Training
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 CANARIES = 4
 
 
@@ -80,8 +81,10 @@ async def start_training(
     """
     journal.progress.phase("starting Ray, loading prompts")
     media = MediaStore(config.run.folder / "media")
-    data_loading = asyncio.create_task(asyncio.to_thread(load_data, config, media, journal))
-    async with ray_cluster(config.cluster, config.deadlines):
+    async with (
+        _beside(asyncio.to_thread(load_data, config, media, journal)) as data_loading,
+        ray_cluster(config.cluster, config.deadlines),
+    ):
         journal.progress.phase("starting trainer, generators, reference and reward server")
         async with start_voices(config, media.folder, journal.event) as voices:
             data = await data_loading
@@ -94,6 +97,17 @@ async def start_training(
                     yield training
                 finally:
                     await training.stop()
+
+
+@contextlib.asynccontextmanager
+async def _beside(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
+    """Work beside a block that awaits it within; it doesn't outlive the block."""
+    task = asyncio.ensure_future(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _training(

@@ -54,6 +54,11 @@ async def fine_tune(config: SFTConfig) -> int:
             tracker.finish("FAILED")
             progress.finish({"verdict": f"stopped: {error}"})
             return 1
+        except asyncio.CancelledError:
+            record.event("finished", status="KILLED")
+            tracker.finish("KILLED")
+            progress.finish({"verdict": "interrupted; nothing was exported"})
+            raise
         record.event("finished", status="FINISHED")
         status = tracker.finish("FINISHED")
         words = {"verdict": "done", "model": str(config.export_folder)}
