@@ -21,4 +21,5 @@ if [ ! -f "$folder/warm-start.done" ]; then
     "sft.export_folder=$folder/warm-start" "$@"
   touch "$folder/warm-start.done"
 fi
-exec "$here/entrypoint.sh" "$folder" "$recipes/digits.yaml" "model.path=$folder/warm-start" "$@"
+exec "$here/entrypoint.sh" "$folder" "$recipes/digits.yaml" "model.path=$folder/warm-start" \
+  weights.listen=node "$@"

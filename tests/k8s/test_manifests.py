@@ -62,7 +62,11 @@ def training_command(job: dict[str, Any]) -> tuple[Path, str, list[str]]:
     """Run folder, recipe and overrides of the job's entrypoint."""
     script, folder, *rest = shlex.split(job["spec"]["entrypoint"])
     if Path(script).name == "demo.sh":
-        return Path(folder), DEMO_RECIPE, [f"model.path={folder}/warm-start", *rest]
+        return (
+            Path(folder),
+            DEMO_RECIPE,
+            [f"model.path={folder}/warm-start", *re.findall(r"weights\.\S+=\S+", (K8S / "demo.sh").read_text()), *rest],
+        )
     return Path(folder), rest[0], rest[1:]
 
 
@@ -282,6 +286,10 @@ def test_commands_of_the_scripts_exist(overlay: str) -> None:
     callbacks = [command.callback for command in app.registered_commands if command.callback is not None]
     (train,) = [callback for callback in callbacks if callback.__name__ == "train"]
     assert "resume" in train.__annotations__
+
+
+def test_weights_are_offered_to_other_nodes(config: Config) -> None:
+    assert config.weights.listen == "node"
 
 
 def test_images_of_one_job_agree(manifests: list[dict[str, Any]], job: dict[str, Any], overlay: str) -> None:
