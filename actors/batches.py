@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from actors.shared_media import SharedImages, share_images
 from rollout.encoding import ExpandedPrompt, PromptEncoder
 from rollout.failures import DataError, Failure, FailureError, FailureKind
 from rollout.samples import TrainingSample
@@ -33,6 +34,7 @@ class ModelBatch:
         columns: [N] int64, its index in the completion.
         tokens: [N] int64, the token itself.
         shape: (B, T), sequences and longest completion.
+        shared: which images the sequences share, where they do; `pixel_values` then holds each once.
     """
 
     inputs: dict[str, Tensor]
@@ -41,6 +43,7 @@ class ModelBatch:
     columns: Tensor
     tokens: Tensor
     shape: tuple[int, int]
+    shared: SharedImages | None = None
 
     def to(self, device: torch.device | str) -> ModelBatch:
         """The same batch on another device."""
@@ -51,6 +54,7 @@ class ModelBatch:
             self.columns.to(device),
             self.tokens.to(device),
             self.shape,
+            self.shared.to(device) if self.shared is not None else None,
         )
 
 
@@ -84,14 +88,15 @@ def model_batch(
     rows = np.repeat(np.arange(len(completions)), lengths)
     columns = np.concatenate([np.arange(length) for length in lengths])
     starts = np.array([len(prompt.token_ids) for prompt in prompts])
+    features, shared = share_images(prompts)
     return ModelBatch(
-        {"input_ids": input_ids, "attention_mask": attention_mask}
-        | _features([prompt.features for prompt in prompts], longest, token_features),
+        {"input_ids": input_ids, "attention_mask": attention_mask} | _features(features, longest, token_features),
         rows=torch.from_numpy(rows),
         positions=torch.from_numpy(starts[rows] + columns - 1),
         columns=torch.from_numpy(columns),
         tokens=torch.from_numpy(np.concatenate(completions).astype(np.int64)),
         shape=(len(sequences), int(lengths.max())),
+        shared=shared,
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from actors.batches import ModelBatch
 from actors.config import FreezeConfig, ModelConfig
+from actors.shared_media import GRID, repeated_images
 
 PROJECTORS = frozenset(
     {"multi_modal_projector", "mm_projector", "merger", "deepstack_merger_list", "connector", "aligner", "projector"}
@@ -125,8 +126,10 @@ def _completion_logits(model: Any, batch: ModelBatch) -> Tensor:
         return (arguments[0][batch.rows, batch.positions], *arguments[1:])
 
     hook = head.register_forward_pre_hook(gather)
+    tower = next(iter(_outermost(model, VISION_TOWERS)), None) if batch.shared is not None else None
     try:
-        logits: Tensor = model(**batch.inputs, use_cache=False).logits
+        with repeated_images(tower, batch.inputs.get(GRID), batch.shared):
+            logits: Tensor = model(**batch.inputs, use_cache=False).logits
     finally:
         hook.remove()
     if logits.dim() != 2 or len(logits) != len(batch.tokens):

@@ -36,7 +36,7 @@ def summarise(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     metrics = read_metrics(folder)
     events = read_events(folder)
-    steps = [row for row in metrics if any(name.startswith(("train/", "time/")) for name in row)]
+    steps = [row for row in metrics if row.get("time/step_s") is not None]
     return {
         "name": _get(config, "run", "name") or folder.name,
         "state": run_state(events),
