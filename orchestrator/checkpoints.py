@@ -81,6 +81,15 @@ class Checkpoints:
         """The newest whole checkpoint."""
         return next(reversed(self.whole()), None)
 
+    def best(self) -> Path | None:
+        """The whole checkpoint of the best evaluation; the newest where nothing was evaluated or it is gone."""
+        latest = self.latest()
+        if latest is None:
+            return None
+        found = read_state(latest).best
+        by_step = {step_of(path): path for path in self.whole()}
+        return by_step.get(found.step, latest) if found is not None else latest
+
     async def write(self, state: RunState, save_policy: Callable[[Path], Awaitable[None]]) -> Path:
         """Write a checkpoint: policy first, state last, then one rename.
 

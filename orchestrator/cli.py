@@ -130,6 +130,26 @@ def export(
 
 
 @app.command()
+def track(run_folder: RunFolder) -> None:
+    """Send to MLflow what a run could not."""
+    with _exit_codes():
+        _need_folder(run_folder)
+        from orchestrator.tracking import flush_spool
+
+        try:
+            status = flush_spool(run_folder)
+        except FileNotFoundError as error:
+            _refuse(str(error))
+            return
+        typer.echo(
+            f"MLflow run {status.run_id} at {status.uri}: {status.waiting} items wait, {status.refused} refused."
+        )
+        if status.waiting:
+            _say("error", status.error or "there was not time enough; call it again.")
+            raise typer.Exit(1)
+
+
+@app.command()
 def report(run_folder: RunFolder) -> None:
     """Write a run's report (report.html, summary.json, plots)."""
     with _exit_codes():

@@ -25,7 +25,10 @@ SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 24
 RECENT_STEPS = 20
 
-_COLUMNS: tuple[tuple[str, str, str, int], ...] = (
+Columns = tuple[tuple[str, str, str, int], ...]
+"""Heading, metric, format and width of each column of the plain lines."""
+
+_ROLLOUT_COLUMNS: Columns = (
     ("reward", "reward/mean", ".3f", 8),
     ("KL", "train/kl_reference", ".4f", 8),
     ("length", "rollout/mean_tokens", ".1f", 7),
@@ -35,7 +38,13 @@ _COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("dropped", "rollout/dropped", ".0f", 8),
     ("s/step", "time/step_s", ".2f", 8),
 )
-"""Heading, metric, format and width of each column of the plain lines."""
+_SUPERVISED_COLUMNS: Columns = (
+    ("loss", "train/loss", ".4f", 9),
+    ("grad norm", "train/grad_norm", ".3f", 11),
+    ("learning rate", "train/learning_rate", ".2e", 15),
+    ("tokens/s", "train/tokens_per_second", ",.0f", 10),
+    ("s/step", "time/step_s", ".2f", 8),
+)
 
 
 class StderrHandler(logging.Handler):
@@ -162,10 +171,13 @@ class Progress:
         rest = f"{self._done}/{self._total}  {self._rate()}{elapsed} elapsed, {self._left()} left"
         bar.add_row(ProgressBar(total=self._total, completed=self._done, width=width), rest)
         table.add_row("step", bar)
-        if self._metrics:
+        if "reward/mean" in self._metrics:
             table.add_row("reward", self._reward())
             table.add_row("policy", self._policy())
             table.add_row("samples", self._samples())
+        elif self._metrics:
+            shown = (f"{name} {self._shown(metric, style)}" for name, metric, style, _ in _SUPERVISED_COLUMNS)
+            table.add_row("policy", ", ".join(shown))
         if self._evaluation:
             table.add_row("held out", self._held_out())
         return table
@@ -226,12 +238,16 @@ class Progress:
             return "?"
         return _duration(each * max(self._total - self._done, 0))
 
+    @property
+    def _columns(self) -> Columns:
+        return _ROLLOUT_COLUMNS if "reward/mean" in self._metrics else _SUPERVISED_COLUMNS
+
     def _step_line(self) -> None:
         width = max(len(str(self._total)), 4)
         if self._lines % LINES_PER_HEADER == 0:
-            names = "".join(f"{name:>{size}}" for name, _, _, size in _COLUMNS)
+            names = "".join(f"{name:>{size}}" for name, _, _, size in self._columns)
             self._line(f"{'step':>{2 * width + 1}}{names}{'left':>9}")
-        values = "".join(f"{self._shown(metric, style):>{size}}" for _, metric, style, size in _COLUMNS)
+        values = "".join(f"{self._shown(metric, style):>{size}}" for _, metric, style, size in self._columns)
         self._line(f"{self._done:>{width}}/{self._total:<{width}}{values}{self._left():>9}")
         self._lines += 1
         self._last_line = self._clock()

@@ -50,7 +50,7 @@ def evaluate(config: Config, checkpoint: Path | None) -> int:
 
 
 def export(run_folder: Path, out: Path) -> int:
-    """`counterpoint export`: the newest checkpoint of a run as a Hugging Face folder."""
+    """`counterpoint export`: the best checkpoint of a run as a Hugging Face folder."""
     return _supervised_by_signals(_export(run_folder, out))
 
 
@@ -245,7 +245,7 @@ async def _evaluate(config: Config, checkpoint: Path | None) -> int:
 
 async def _export(run_folder: Path, out: Path) -> int:
     config: Config = load_config(run_folder / "config.yaml", ())
-    checkpoint = Checkpoints(run_folder, keep=config.checkpoint.keep).latest()
+    checkpoint = Checkpoints(run_folder, keep=config.checkpoint.keep).best()
     if checkpoint is None:
         raise CheckpointError("checkpoint_missing", f"{run_folder} has no whole checkpoint to export")
     async with ray_cluster(config.cluster, config.deadlines):

@@ -172,6 +172,12 @@ def test_an_export_overwrites_nothing(recipe: str, calls: list[tuple[str, Any]],
     assert calls == [("export", (tmp_path / "run", tmp_path / "out"))]
 
 
+def test_tracking_needs_a_run_that_was_tracked(recipe: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["track", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "not the folder of a tracked run" in result.stderr
+
+
 def test_a_report_needs_a_run(recipe: str) -> None:
     result = run("report", "nowhere")
     assert result.exit_code == 2

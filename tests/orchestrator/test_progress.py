@@ -183,3 +183,11 @@ def test_log_lines_go_where_standard_error_is_now(capsys: pytest.CaptureFixture[
     handler = StderrHandler()
     handler.emit(logging.LogRecord("room", logging.WARNING, "f", 1, "a %s", ("warning",), None))
     assert capsys.readouterr().err == "a warning\n"
+
+
+def test_supervised_steps_show_the_loss_instead_of_rewards() -> None:
+    screen = Screen(2)
+    screen.progress.step(1, {"train/loss": 1.25, "train/grad_norm": 0.5, "time/step_s": 0.1})
+    assert re.search(r"loss\s+grad norm", screen.text)
+    assert "1.2500" in screen.text
+    assert "reward" not in screen.text + screen.shown
