@@ -109,8 +109,8 @@ class GeneratorFleet:
         try:
             return await handle.generate(prompt, n, sampling, seed, request_id)
         except FailureError as error:
-            if error.failure.kind is FailureKind.INFRASTRUCTURE and member.handle is handle:
-                self._bury(member, error.failure.message)
+            if error.failure.kind is FailureKind.INFRASTRUCTURE:
+                self._bury(member, handle, error.failure.message)
             raise
         finally:
             member.running -= 1
@@ -178,8 +178,10 @@ class GeneratorFleet:
                 logger.warning("%s: update to version %d failed: %s", member.name, offer.version, error)
                 self.on_event("update_failed", generator=member.name, version=offer.version, why=str(error))
                 if attempt == 2:
-                    self._bury(member, str(error))
+                    self._bury(member, handle, str(error))
                 continue
+            if member.handle is not handle:
+                return None
             if receipt.version == offer.version and receipt.digest == offer.manifest_digest:
                 member.version = offer.version
                 if offer is self.offer:  # a newer one may have been published meanwhile; it comes next
@@ -187,7 +189,7 @@ class GeneratorFleet:
                 return receipt
             self.on_event("digest_mismatch", generator=member.name, version=offer.version)
             if attempt == 2:
-                self._bury(member, f"loaded version {receipt.version} with digest {receipt.digest}")
+                self._bury(member, handle, f"loaded version {receipt.version} with digest {receipt.digest}")
         return None
 
     async def _set(self, member: Member, health: Health) -> None:
@@ -195,7 +197,10 @@ class GeneratorFleet:
             member.health = health
             self._changed.notify_all()
 
-    def _bury(self, member: Member, why: str) -> None:
+    def _bury(self, member: Member, handle: GeneratorHandle, why: str) -> None:
+        """Give a generator up for a restart; of the many calls that fail with it, the first does it."""
+        if member.health is Health.DEAD or member.handle is not handle:
+            return
         member.health, member.version = Health.DEAD, -1
         self.on_event("generator_died", generator=member.name, why=why)
         task = asyncio.get_running_loop().create_task(self._restart(member))

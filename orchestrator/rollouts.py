@@ -154,7 +154,7 @@ class Rollouts:
             self._apply(Admit(group_id, prompt.prompt_id, version, time.time()))
             task = asyncio.get_running_loop().create_task(self._live(group_id, prompt, self._seed_of(prompt, version)))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._ended)
 
     async def collect(self) -> Batch:
         """The next batch, as soon as it is whole. Every single wait within has its own deadline.
@@ -234,8 +234,10 @@ class Rollouts:
             self._equal_in_a_row = 0
         except Exception as error:  # whatever it is, the loop must hear of it and not wait for the group for ever
             self._fatal = self._fatal or error
-        finally:
-            self._changed.set()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._changed.set()
 
     async def _generate(self, group_id: str, prompt: Prompt, seed: int) -> Generation | Failure:
         """Completions of one group; what an infrastructure failure lost is generated anew, elsewhere if possible."""

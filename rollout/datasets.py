@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.config import DatasetConfig
-from rollout.failures import DataError, Failure
+from rollout.failures import DataError, Failure, FailureError, FailureKind
 from rollout.media import MediaStore
 from rollout.prompts import Prompt
 from rollout.rows import prompt_from_row, read_rows
@@ -25,8 +25,11 @@ Rows = Iterable[tuple[int, Prompt | dict[str, Any] | Failure]]
 _builders: dict[str, Builder] = {}
 
 
-class DatasetError(ValueError):
+class DatasetError(FailureError, ValueError):
     """A data set as a whole can't be used: a missing file, column or builder, or no usable row."""
+
+    def __init__(self, what: str | Failure) -> None:
+        super().__init__(what if isinstance(what, Failure) else Failure(FailureKind.DATA, "dataset_unusable", what))
 
 
 def dataset_builder(name: str) -> Callable[[Builder], Builder]:
