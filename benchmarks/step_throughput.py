@@ -43,8 +43,8 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--peer-environment", type=Path, default=ROOT / ".cache" / "trl-venv")
     parser.add_argument("--only", choices=("counterpoint", "trl"), help="run one engine alone")
     parser.add_argument("--case", choices=[case.name for case in CASES], action="append", help="by default all")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--warmup", type=int, default=4, help="first steps that aren't counted")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--warmup", type=int, default=6, help="first steps that aren't counted")
     parser.add_argument("--threads", type=int, default=2, help="of the peer; Counterpoint's are settings")
     parser.add_argument("--peer-micro-batches", default="256,64", help="completions in a forward pass; the best counts")
     parser.add_argument("--deadline-s", type=float, default=1200.0, help="for one engine on one workload")
@@ -168,12 +168,13 @@ def read_figures(metrics: Path, warmup: int) -> dict[str, Any]:
     ]
     if not steady:
         raise SystemExit(f"{metrics} has {len(steps)} steps; more than {warmup} are needed")
-    step_s = statistics.median(wall for wall, _ in steady)
-    parts = {part: statistics.fmean(values.get(f"time/{part}_s", 0.0) for _, values in steady) for part in PARTS}
-    parts["other"] = statistics.fmean(wall for wall, _ in steady) - sum(parts.values())
+    named = [{part: values.get(f"time/{part}_s", 0.0) for part in PARTS} for _, values in steady]
+    parts = {part: statistics.median(step[part] for step in named) for part in PARTS}
+    walls = [wall for wall, _ in steady]
+    parts["other"] = statistics.median(wall - sum(step.values()) for wall, step in zip(walls, named, strict=True))
     return {
-        "step_s": [round(wall, 4) for wall, _ in steady],
-        "median_step_s": step_s,
+        "step_s": [round(wall, 4) for wall in walls],
+        "median_step_s": statistics.median(walls),
         "completions_per_s": statistics.median(values["rollout/completions"] / wall for wall, values in steady),
         "mean_tokens": statistics.fmean(values["rollout/mean_tokens"] for _, values in steady),
         "max_tokens": max(values["rollout/max_tokens"] for _, values in steady),
