@@ -90,6 +90,10 @@ class Checkpoints:
         by_step = {step_of(path): path for path in self.whole()}
         return by_step.get(found.step, latest) if found is not None else latest
 
+    def holds(self, version: int) -> bool:
+        """Whether the policy of this version is kept whole."""
+        return (self._path(version) / STATE).is_file()
+
     async def write(self, state: RunState, save_policy: Callable[[Path], Awaitable[None]]) -> Path:
         """Write a checkpoint: policy first, state last, then one rename.
 
@@ -98,8 +102,8 @@ class Checkpoints:
             FailureError: the policy couldn't save its state.
         Whatever is raised, the half-written folder is removed and older checkpoints stay as they are.
         """
-        final = self.folder / f"step-{state.version:06d}"
-        if (final / STATE).is_file():
+        final = self._path(state.version)
+        if self.holds(state.version):
             return final
         temporary = self.folder / f".writing-{final.name}"
         try:
@@ -122,6 +126,9 @@ class Checkpoints:
             raise
         self._prune(best=state.best.step if state.best else None)
         return final
+
+    def _path(self, version: int) -> Path:
+        return self.folder / f"step-{version:06d}"
 
     def _prune(self, best: int | None) -> None:
         """Delete what is no longer kept; a deletion that fails costs disk, not the run."""
@@ -156,8 +163,9 @@ def read_state(checkpoint: Path) -> RunState:
     """
     try:
         return RunState.model_validate_json((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValidationError, ValueError) as error:
-        message = f"{checkpoint / STATE}: can't be read ({error}). Remove {checkpoint} to go on from an older one."
+    except (OSError, ValueError) as error:
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        message = f"{checkpoint / STATE}: can't be read ({why}). Remove {checkpoint} to go on from an older one."
         raise CheckpointError("checkpoint_damaged", message) from error
 
 

@@ -105,8 +105,8 @@ class Training:
             with watch("evaluate"):
                 await self.evaluate()
             self.state.evaluated = self.state.version
-        is_new_best = self.state.best != best_before
-        if self.state.version > 0 and (is_new_best or self.is_due(self.config.checkpoint.every_steps)):
+        is_wanted = self.state.best != best_before or self.is_due(self.config.checkpoint.every_steps)
+        if self.state.version > 0 and is_wanted and not self.checkpoints.holds(self.state.version):
             with watch("checkpoint"):
                 await uninterrupted(self.checkpoint())
         self.journal.more(self.state.version, watch.named())

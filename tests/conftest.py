@@ -155,9 +155,11 @@ def rows(folder: Path, name: str, kind: str | None = None) -> list[dict[str, Any
 
 
 def steps(folder: Path) -> dict[int, dict[str, float]]:
-    """Every metric of each step, in the order of the record; fails where a step was told twice."""
+    """Every metric of each training step, in the order of the record; fails where a metric was told twice."""
     told: dict[int, dict[str, float]] = {}
     for row in rows(folder, "metrics"):
+        if row["step"] == 0:
+            continue  # the time of what comes before training
         twice = told.setdefault(row["step"], {}).keys() & row["values"].keys()
         assert not twice, f"step {row['step']} has {twice} twice"
         told[row["step"]] |= row["values"]
