@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from actors.policy import PolicyGroup
-from actors.reference import ReferencePool
 from algorithms.kl import AdaptiveKL, FixedKL
 from orchestrator.checkpoints import BestMetric, Checkpoints, RunState
 from orchestrator.config import Config
@@ -24,6 +23,7 @@ from orchestrator.journal import Journal
 from orchestrator.learning import as_samples, batch_metrics, with_advantages, with_proximal, with_reference
 from orchestrator.mismatch import alarm, compare
 from orchestrator.record import sample_rows
+from orchestrator.reference import Reference
 from orchestrator.rollouts import Batch, Rollouts, dropped_metrics
 from orchestrator.scorer import Scorer
 from orchestrator.stopwatch import Stopwatch
@@ -55,7 +55,7 @@ class Training:
     config: Config
     policy: PolicyGroup
     fleet: GeneratorFleet
-    reference: ReferencePool | None
+    reference: Reference | None
     scorer: Scorer
     rollouts: Rollouts
     cursor: PromptCursor

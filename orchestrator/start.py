@@ -17,6 +17,7 @@ from orchestrator.cluster import ray_cluster
 from orchestrator.config import Config, RoleResources
 from orchestrator.fleet import GeneratorFleet
 from orchestrator.journal import Journal
+from orchestrator.reference import Reference
 from orchestrator.rollouts import Rollouts
 from orchestrator.scorer import Scorer
 from rollout.cursor import PromptCursor
@@ -51,7 +52,7 @@ class Voices:
 
     policy: PolicyGroup
     fleet: GeneratorFleet
-    reference: ReferencePool | None
+    reference: Reference | None
     scorer: Scorer
 
 
@@ -168,22 +169,25 @@ async def start_voices(config: Config, media_folder: Path, on_event: Callable[..
         stop_s=config.deadlines.stop_s,
         on_event=on_event,
     )
+    reference = None
+    if config.algorithm.kl.coefficient > 0:
+        reference = Reference(lambda: start_reference(config, media_folder), on_event=on_event)
     policy = asyncio.create_task(start_policy(config, media_folder))
-    reference = asyncio.create_task(start_reference(config, media_folder))
     others = [asyncio.create_task(fleet.start(config.generator.replicas)), asyncio.create_task(scorer.start())]
-    starts: list[asyncio.Task[Any]] = [policy, reference, *others]
+    if reference is not None:
+        others.append(asyncio.create_task(reference.start()))
+    starts: list[asyncio.Task[Any]] = [policy, *others]
     try:
         await asyncio.gather(*starts)
-        yield Voices(policy.result(), fleet, reference.result(), scorer)
+        yield Voices(policy.result(), fleet, reference, scorer)
     finally:
         for start in starts:
             start.cancel()
-        results = await asyncio.gather(policy, reference, return_exceptions=True)
-        await asyncio.gather(*others, return_exceptions=True)
-        started = [voice for voice in results if voice is not None and not isinstance(voice, BaseException)]
+        (trainer, *_) = await asyncio.gather(*starts, return_exceptions=True)
+        voices = (fleet, scorer, reference, None if isinstance(trainer, BaseException) else trainer)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2 * config.deadlines.stop_s):
-                await asyncio.gather(*(voice.stop() for voice in (*started, fleet, scorer)), return_exceptions=True)
+                await asyncio.gather(*(voice.stop() for voice in voices if voice is not None), return_exceptions=True)
 
 
 def share(role: RoleResources) -> Share:
@@ -209,10 +213,8 @@ async def start_policy(config: Config, media_folder: Path) -> PolicyGroup:
     return await PolicyGroup.start(spec, share(config.cluster.policy))
 
 
-async def start_reference(config: Config, media_folder: Path) -> ReferencePool | None:
-    """The reference servers; None where the KL has no weight."""
-    if config.algorithm.kl.coefficient == 0:
-        return None
+async def start_reference(config: Config, media_folder: Path) -> ReferencePool:
+    """The reference servers."""
     from actors.reference import ReferencePool, ReferenceSpec
 
     spec = ReferenceSpec(

@@ -31,6 +31,7 @@ COMMAND = Path(sys.prefix, "bin", "counterpoint")
 POLL_S = 0.1
 
 REWARDS = """
+import pathlib, time
 from reward.registry import reward_function
 
 @reward_function("share_of_vowels")
@@ -41,6 +42,14 @@ def share_of_vowels(request):
 @reward_function("short")
 def short(request):
     return -len(request.token_ids) / 100
+
+@reward_function("slowly")
+def slowly(request, *, seconds, log=None):
+    time.sleep(seconds)
+    if log is not None:
+        with pathlib.Path(log).open("a") as out:
+            out.write("called\\n")
+    return share_of_vowels(request)
 """
 
 
@@ -53,6 +62,19 @@ class Command:
     log: Path
     environment: dict[str, str] = field(default_factory=dict)
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    code: int | None = None
+    """Its exit code, where a fixture waited for it."""
+
+    @classmethod
+    def on(
+        cls, recipe: dict[str, Any], folder: Path, *arguments: str, command: str = "train", **environment: str
+    ) -> Command:
+        """Start a command on a recipe, which is written into `folder` together with what it prints."""
+        number = len(list(folder.glob("recipe-*.yaml")))
+        path = folder / f"recipe-{number}.yaml"
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        arguments = (command, str(path), *arguments)
+        return cls(arguments, Path(recipe["run"]["folder"]), folder / f"output-{number}.txt", environment)
 
     def __post_init__(self) -> None:
         environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | self.environment
@@ -227,18 +249,31 @@ def small_recipe(tiny_vlm: Path, questions: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="session")
+def slow_recipe(small_recipe: dict[str, Any]) -> dict[str, Any]:
+    """The small recipe without reference and evaluation, whose rewards take about half a second a step."""
+    recipe = overridden(
+        small_recipe,
+        reward__components=[{"function": "slowly", "arguments": {"seconds": 0.04}}],
+        algorithm={},
+        trainer__steps=8,
+        checkpoint__every_steps=2,
+        checkpoint__export=False,
+        tracking__samples_every_steps=0,
+    )
+    del recipe["data"]["evaluation"], recipe["evaluation"]
+    return recipe
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """Starts commands on a recipe; at the end of the test, whatever is left of them is killed."""
     started: list[Command] = []
 
     def start_command(recipe: dict[str, Any], *arguments: str, command: str = "train", **environment: str) -> Command:
-        recipe = overridden(recipe, **({} if "folder" in recipe["run"] else {"run__folder": str(tmp_path / "run")}))
-        number = len(started)
-        path = tmp_path / f"recipe-{number}.yaml"
-        path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-        log = tmp_path / f"output-{number}.txt"
-        started.append(Command((command, str(path), *arguments), Path(recipe["run"]["folder"]), log, environment))
+        if "folder" not in recipe["run"]:
+            recipe = overridden(recipe, run__folder=str(tmp_path / "run"))
+        started.append(Command.on(recipe, tmp_path, *arguments, command=command, **environment))
         return started[-1]
 
     yield start_command

@@ -1,0 +1,70 @@
+"""The reference model as one voice: servers that died are started again, and the batch they held is passed anew."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rollout.failures import Failure, FailureError, FailureKind
+from rollout.samples import TrainingSample
+
+if TYPE_CHECKING:
+    from actors.reference import ReferencePool
+
+logger = logging.getLogger(__name__)
+
+MAX_RESTARTS = 3
+"""Restarts of the reference before the run stops."""
+
+
+class Reference:
+    """Frozen log-probabilities from servers that may die. Lives in the driver's event loop, for one caller at a time.
+
+    A reference holds no state of the run, so a new one is as good as the old.
+    """
+
+    def __init__(self, launch: Callable[[], Awaitable[ReferencePool]], *, on_event: Callable[..., None]) -> None:
+        """`launch` starts all servers; `on_event` hears of deaths and restarts."""
+        self._launch = launch
+        self._on_event = on_event
+        self._pool: ReferencePool | None = None
+        self._restarts = 0
+
+    async def start(self) -> None:
+        """Start the servers. Raises FailureError where they don't."""
+        self._pool = await self._launch()
+
+    async def log_probs(self, samples: list[TrainingSample]) -> list[NDArray[np.float32]]:
+        """The reference's log-probabilities of the samples' completions, [tokens] float32 each, nats.
+
+        Raises:
+            FailureError: a sample is at fault, or the servers can't be kept alive.
+        """
+        while True:
+            assert self._pool is not None
+            try:
+                return await self._pool.log_probs(samples)
+            except FailureError as error:
+                if error.failure.kind is not FailureKind.INFRASTRUCTURE:
+                    raise
+                await self._revive(self._pool, error.failure)
+
+    async def stop(self) -> None:
+        """End the servers."""
+        if self._pool is not None:
+            await self._pool.stop()
+
+    async def _revive(self, dead: ReferencePool, failure: Failure) -> None:
+        if self._restarts >= MAX_RESTARTS:
+            message = f"the reference was lost {self._restarts + 1} times; the last time: {failure.message}"
+            raise FailureError(Failure(FailureKind.INFRASTRUCTURE, "reference_lost", message))
+        self._restarts += 1
+        logger.warning("%s; starting it again", failure.message)
+        self._on_event("reference_died", why=failure.message)
+        await dead.stop()
+        self._pool = await self._launch()
+        self._on_event("reference_restarted", restarts=self._restarts)
