@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import threading
 from collections.abc import AsyncIterator
 
 from actors.config import DeadlineConfig
@@ -32,21 +33,58 @@ async def ray_cluster(config: ClusterConfig, deadlines: DeadlineConfig) -> Async
     import ray
 
     where = config.address or "a local cluster"
-    connecting = asyncio.ensure_future(asyncio.to_thread(_connect, config))
+    connection = _Connection(config)
     try:
-        await asyncio.wait_for(asyncio.shield(connecting), deadlines.start_s)
-    except asyncio.CancelledError:
-        await asyncio.wait({connecting}, timeout=deadlines.stop_s)  # a start can't be cut, only undone
-        await asyncio.to_thread(ray.shutdown)
-        raise
-    except (TimeoutError, ConnectionError, RuntimeError, ValueError, OSError) as error:
-        ray.shutdown()
-        message = f"Ray ({where}) can't be used: {type(error).__name__} {error}. Is cluster.address right?"
-        raise FailureError(Failure(FailureKind.INFRASTRUCTURE, "ray_unavailable", message)) from error
-    try:
+        try:
+            await asyncio.wait_for(asyncio.shield(connection.made), deadlines.start_s)
+        except TimeoutError as error:
+            raise _unavailable(where, f"it didn't answer within deadlines.start_s = {deadlines.start_s:g} s") from error
+        except asyncio.CancelledError:
+            await asyncio.wait({connection.made}, timeout=deadlines.stop_s)  # a start can't be cut, only undone
+            raise
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise _unavailable(where, f"{type(error).__name__} {error}") from error
         yield
     finally:
-        await asyncio.to_thread(ray.shutdown)
+        if connection.made.done():
+            await asyncio.to_thread(ray.shutdown)
+        connection.ended.set()
+
+
+class _Connection:
+    """Connects in a thread of its own, which nothing has to wait for: Ray looks for a cluster for minutes.
+
+    The thread stays until `ended`: the kernel ends a local cluster's processes with the thread that started them.
+    """
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.made: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.ended = threading.Event()
+        thread = threading.Thread(target=self._run, args=(config, self.made.get_loop()), name="ray", daemon=True)
+        thread.start()
+
+    def _run(self, config: ClusterConfig, loop: asyncio.AbstractEventLoop) -> None:
+        error: Exception | None = None
+        try:
+            _connect(config)
+        except Exception as caught:  # whatever it is, the one who waits for the connection has to hear of it
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            loop.call_soon_threadsafe(self._settle, error)
+            self.ended.wait()
+
+    def _settle(self, error: Exception | None) -> None:
+        if self.made.cancelled():
+            return
+        if error is None:
+            self.made.set_result(None)
+        else:
+            self.made.set_exception(error)
+
+
+def _unavailable(where: str, why: str) -> FailureError:
+    message = f"Ray ({where}) can't be used: {why}. Is cluster.address right, and does the cluster run?"
+    return FailureError(Failure(FailureKind.INFRASTRUCTURE, "ray_unavailable", message))
 
 
 def _connect(config: ClusterConfig) -> None:
