@@ -84,13 +84,17 @@ class Training:
             watch.add("score", batch.score_s)
             with watch("reference"):
                 samples = await self.appraise(batch)
-            with watch("learn"):
-                learned = await self.take_canary()
-                learned |= await uninterrupted(self.learn(samples))
-            with watch("sync"):
-                learned |= await self.publish()
-            learned |= self.agreement(learned)
-            self.tell(batch, samples, learned | watch.metrics())
+            before, metrics = self.state.version, dict[str, float]()
+            try:
+                with watch("learn"):
+                    metrics |= await self.take_canary()
+                    await uninterrupted(self.learn(samples, metrics))
+                with watch("sync"):
+                    metrics |= await self.publish()
+                self.check_agreement(metrics)
+            finally:
+                if self.state.version > before:  # a step that was made is told, even if the run ends with it
+                    self.tell(batch, samples, metrics | watch.metrics())
             await self.review()
 
     def is_due(self, every_steps: int) -> bool:
@@ -120,16 +124,16 @@ class Training:
             samples = with_proximal(samples, await self.policy.log_probs(samples))
         return with_advantages(samples, batch.groups, self.config.algorithm, self.controller.coefficient)
 
-    async def learn(self, samples: list[TrainingSample]) -> dict[str, float]:
-        """One policy update, and everything that must change together with it."""
+    async def learn(self, samples: list[TrainingSample], metrics: dict[str, float]) -> None:
+        """One policy update, and everything that must change together with it; its figures are added to `metrics`."""
         coefficient = self.controller.coefficient
         self.is_whole = False
-        metrics = await self.policy.update(samples, kl_coefficient=coefficient)
+        metrics |= await self.policy.update(samples, kl_coefficient=coefficient)
+        metrics["train/kl_coefficient"] = coefficient
         self.state.version += 1
         self.is_whole = True
         self.rollouts.learned()
         self.controller = self.controller.update(metrics.get("train/kl_reference", 0.0))
-        return metrics | {"train/kl_coefficient": coefficient}
 
     async def publish(self) -> dict[str, float]:
         """Bring the current version to every generator; the next batch may be admitted then."""
@@ -163,21 +167,20 @@ class Training:
             self.journal.event("no_canary", version=self.state.version, why=str(error))
             return {}
 
-    def agreement(self, metrics: dict[str, float]) -> dict[str, float]:
-        """How far trainer and generators agree, as far as it was measured; an alarm where it is not far enough.
+    def check_agreement(self, metrics: dict[str, float]) -> None:
+        """Name how far trainer and generators agree, if it was measured; an alarm where it is not far enough.
 
         Raises:
             FailureError: weights.on_alarm = stop, and they disagree.
         """
         names = ("mismatch_kl", "max_logprob_gap")
         measured = {n: metrics.get(f"rollout/{n}", metrics.get(f"train/{n}")) for n in names}
-        found = {f"rollout/{n}": value for n, value in measured.items() if value is not None}
-        said = alarm(found, self.config.weights)
+        metrics |= {f"rollout/{n}": value for n, value in measured.items() if value is not None}
+        said = alarm(metrics, self.config.weights)
         if said is not None:
             self.journal.event("alarm", version=self.state.version - 1, why=said)
             if self.config.weights.on_alarm == "stop":
                 raise FailureError(Failure(FailureKind.BUG, "mismatch_alarm", said))
-        return found
 
     def tell(self, batch: Batch, samples: list[TrainingSample], metrics: dict[str, float]) -> None:
         """Record one step."""

@@ -208,7 +208,7 @@ async def _evaluate(config: Config, checkpoint: Path | None) -> int:
     from rich.table import Table
 
     media = MediaStore(config.run.folder / "media")
-    data = load_data(config, media, None)
+    data = load_data(config, media)
     if data.held_out is None:
         message = "the recipe has no data.evaluation, so there is nothing to evaluate on"
         raise FailureError(Failure(FailureKind.DATA, "no_held_out_prompts", message))

@@ -56,19 +56,23 @@ class Voices:
     scorer: Scorer
 
 
-def load_data(config: Config, media: MediaStore, journal: Journal | None) -> Data:
-    """Training and held-out prompts; rows that can't be used are reported, by reason."""
+def load_data(config: Config, media: MediaStore) -> Data:
+    """Training and held-out prompts."""
     import_modules(config.data.modules)
-    sets = [load_prompts(config.data.train, media, base=Path.cwd())]
-    if config.data.evaluation is not None:
-        sets.append(load_prompts(config.data.evaluation, media, base=Path.cwd()))
-    for prompts, context in zip(sets, ("training", "evaluation"), strict=False):
-        if journal is None:
+    train = load_prompts(config.data.train, media, base=Path.cwd())
+    if config.data.evaluation is None:
+        return Data(train, None)
+    return Data(train, load_prompts(config.data.evaluation, media, base=Path.cwd()))
+
+
+def tell_data(data: Data, journal: Journal) -> None:
+    """The lineage of the prompts; rows of them that can't be used are reported, by reason."""
+    for prompts, context in ((data.train, "training"), (data.held_out, "evaluation")):
+        if prompts is None:
             continue
         journal.tracker.dataset(prompts.name, prompts.digest, len(prompts), context, prompts.source)
         if prompts.quarantined:
             journal.event("rows_quarantined", dataset=prompts.name, **prompts.quarantined_by_reason)
-    return Data(sets[0], sets[1] if len(sets) > 1 else None)
 
 
 @contextlib.asynccontextmanager
@@ -83,12 +87,13 @@ async def start_training(
     journal.progress.phase("starting Ray, loading prompts")
     media = MediaStore(config.run.folder / "media")
     async with (
-        _beside(asyncio.to_thread(load_data, config, media, journal)) as data_loading,
+        _beside(asyncio.to_thread(load_data, config, media)) as data_loading,
         ray_cluster(config.cluster, config.deadlines),
     ):
         journal.progress.phase("starting trainer, generators, reference and reward server")
         async with start_voices(config, media.folder, journal.event) as voices:
             data = await data_loading
+            tell_data(data, journal)
             if checkpoint is not None:
                 await voices.policy.load(checkpoint / POLICY)
             with Ledger(config.run.folder / "ledger.db") as ledger:

@@ -190,6 +190,7 @@ async def test_an_alarm_stops_the_run_where_the_recipe_says_so(make: Callable[..
     with pytest.raises(FailureError, match="trainer and generators disagree"):
         await run.training.train()
     assert len(rows(run.folder, "events", "alarm")) == 1
+    assert steps(run.folder)[1]["rollout/max_logprob_gap"] == pytest.approx(2.0)
     await run.training.stop()
 
 
@@ -241,6 +242,7 @@ async def test_a_run_interrupted_in_an_update_finishes_it_and_then_leaves_a_chec
         await training
     assert run.training.is_whole
     assert run.training.state.version == 1
+    assert list(steps(run.folder)) == [1], "the step that was made is told"
     await run.training.checkpoint()
     await run.training.stop()
     latest = run.checkpoints.latest()
