@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.shared_media import SharedImages, share_images
+from actors.shared_prompts import RowLayout, row_layout
 from rollout.encoding import ExpandedPrompt, PromptEncoder
 from rollout.failures import DataError, Failure, FailureError, FailureKind
 from rollout.samples import TrainingSample
@@ -28,21 +29,25 @@ class ModelBatch:
     """A micro-batch for one forward pass.
 
     Attributes:
-        inputs: keyword arguments of the model's forward: `input_ids` and `attention_mask` [B, L], and features.
-        rows: [N] int64, the sequence of each completion token.
-        positions: [N] int64, where in the sequence the logits that predict it lie (one before the token).
+        inputs: keyword arguments of the model's forward: `input_ids` [R, L], `attention_mask`, and features.
+        rows: [N] int64, the row of `input_ids` of each completion token.
+        positions: [N] int64, where in the row the logits that predict it lie.
+        samples: [N] int64, the sequence the token belongs to; without shared prompts the same as `rows`.
         columns: [N] int64, its index in the completion.
         tokens: [N] int64, the token itself.
         shape: (B, T), sequences and longest completion.
+        layout: where tokens stand in rows of several completions; None where every row has one.
         shared: which images the sequences share, where they do; `pixel_values` then holds each once.
     """
 
     inputs: dict[str, Tensor]
     rows: Tensor
     positions: Tensor
+    samples: Tensor
     columns: Tensor
     tokens: Tensor
     shape: tuple[int, int]
+    layout: RowLayout | None = None
     shared: SharedImages | None = None
 
     def to(self, device: torch.device | str) -> ModelBatch:
@@ -51,9 +56,11 @@ class ModelBatch:
             {name: value.to(device) for name, value in self.inputs.items()},
             self.rows.to(device),
             self.positions.to(device),
+            self.samples.to(device),
             self.columns.to(device),
             self.tokens.to(device),
             self.shape,
+            self.layout.to(device) if self.layout is not None else None,
             self.shared.to(device) if self.shared is not None else None,
         )
 
@@ -64,38 +71,54 @@ def model_batch(
     *,
     pad_token_id: int,
     token_features: Collection[str] = (),
+    rows: Sequence[int] | None = None,
 ) -> ModelBatch:
     """Put prompts and completions together, padded on the right.
 
     Args:
         prompts: one a sequence; sequences may share one.
+        rows: [sequences] ascending from 0: sequences of equal number have the same prompt and share a row, in which
+            it stands once; the model must be one that :func:`actors.shared_prompts.can_share_prompts` knows. By default
+            each sequence has a row of its own.
         completions: [tokens] int32 each, not empty.
         pad_token_id: fills the ends; masked out of attention.
         token_features: features a token that the model wants even where no prompt of the batch has media.
     Raises:
         DataError: `media_layout_unknown` for features that aren't known to concatenate.
     """
-    sequences = [
-        np.concatenate([prompt.token_ids, completion]) for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    row_of = np.arange(len(completions)) if rows is None else np.asarray(rows)
+    firsts = np.flatnonzero(np.diff(row_of, prepend=-1))
+    members = np.split(np.arange(len(completions)), firsts[1:])
+    sequences = [np.concatenate([prompts[row[0]].token_ids, *(completions[index] for index in row)]) for row in members]
     longest = max(map(len, sequences))
     input_ids = torch.full((len(sequences), longest), pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
     for row, sequence in enumerate(sequences):
         input_ids[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
         attention_mask[row, : len(sequence)] = 1
+    prompt_lengths = [len(prompts[row[0]].token_ids) for row in members]
     lengths = np.array([len(completion) for completion in completions])
-    rows = np.repeat(np.arange(len(completions)), lengths)
+    layout = None
+    if len(members) < len(completions):
+        layout = row_layout(prompt_lengths, [[int(lengths[index]) for index in row] for row in members], longest)
+        attention_mask = layout.attention_mask()
+    samples = np.repeat(np.arange(len(completions)), lengths)
     columns = np.concatenate([np.arange(length) for length in lengths])
-    starts = np.array([len(prompt.token_ids) for prompt in prompts])
-    features, shared = share_images(prompts)
+    starts = np.concatenate(
+        [prompt + np.cumsum(lengths[row]) - lengths[row] for prompt, row in zip(prompt_lengths, members, strict=True)]
+    )
+    # The first token of a completion is predicted at the end of the prompt, which may stand far before it.
+    positions = np.where(columns == 0, np.array(prompt_lengths)[row_of][samples], (starts[samples] + columns)) - 1
+    features, shared = share_images([prompts[index] for index in firsts])
     return ModelBatch(
         {"input_ids": input_ids, "attention_mask": attention_mask} | _features(features, longest, token_features),
-        rows=torch.from_numpy(rows),
-        positions=torch.from_numpy(starts[rows] + columns - 1),
+        rows=torch.from_numpy(row_of[samples]),
+        positions=torch.from_numpy(positions),
+        samples=torch.from_numpy(samples),
         columns=torch.from_numpy(columns),
         tokens=torch.from_numpy(np.concatenate(completions).astype(np.int64)),
-        shape=(len(sequences), int(lengths.max())),
+        shape=(len(completions), int(lengths.max())),
+        layout=layout,
         shared=shared,
     )
 

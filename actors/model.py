@@ -125,11 +125,14 @@ def _completion_logits(model: Any, batch: ModelBatch) -> Tensor:
     def gather(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (arguments[0][batch.rows, batch.positions], *arguments[1:])
 
+    inputs = dict(batch.inputs)
+    if batch.layout is not None:
+        inputs["position_ids"] = batch.layout.positions(getattr(model, "module", model), inputs)
     hook = head.register_forward_pre_hook(gather)
     tower = next(iter(_outermost(model, VISION_TOWERS)), None) if batch.shared is not None else None
     try:
         with repeated_images(tower, batch.inputs.get(GRID), batch.shared):
-            logits: Tensor = model(**batch.inputs, use_cache=False).logits
+            logits: Tensor = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
     if logits.dim() != 2 or len(logits) != len(batch.tokens):
@@ -141,7 +144,7 @@ def _completion_logits(model: Any, batch: ModelBatch) -> Tensor:
 
 
 def _scatter(values: Tensor, batch: ModelBatch) -> Tensor:
-    return values.new_zeros(batch.shape).index_put((batch.rows, batch.columns), values)
+    return values.new_zeros(batch.shape).index_put((batch.samples, batch.columns), values)
 
 
 def _outermost(model: nn.Module, names: frozenset[str]) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from actors.calls import Share, gather
 from actors.config import DeadlineConfig, ModelConfig, ReferenceConfig
-from rollout.balance import micro_batches, split_over_ranks
+from rollout.balance import micro_batches, row_lengths, rows_of_prompts, split_over_ranks
 from rollout.samples import TrainingSample
 
 ROLE = "reference"
@@ -71,14 +71,29 @@ class ReferenceServer:
 
         from actors.batches import expand_prompts, model_batch
         from actors.model import completion_log_probs
+        from actors.shared_prompts import LINEAR_COST, can_share_prompts, model_width
 
         prompts = expand_prompts(samples, self._encoder)
-        lengths = [sample.total_tokens for sample in samples]
+        bound = self.spec.config.micro_batch_tokens
+        prompt_lengths = [len(sample.prompt_token_ids) for sample in samples]
+        completion_lengths = [len(sample.token_ids) for sample in samples]
+        rows = [[index] for index in range(len(samples))]
+        if can_share_prompts(self._model):
+            rows = rows_of_prompts(
+                [sample.prompt.prompt_id for sample in samples],
+                prompt_lengths,
+                completion_lengths,
+                max_tokens=bound,
+                token_cost=LINEAR_COST * model_width(self._model),
+            )
+        lengths = row_lengths(rows, prompt_lengths, completion_lengths)
         result: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(samples)
-        for group in micro_batches(lengths, range(len(samples)), self.spec.config.micro_batch_tokens):
+        for group in micro_batches(lengths, range(len(rows)), bound):
+            members = [index for row in group for index in rows[row]]
             batch = model_batch(
-                [prompts[index] for index in group],
-                [samples[index].token_ids for index in group],
+                [prompts[index] for index in members],
+                [samples[index].token_ids for index in members],
+                rows=[number for number, row in enumerate(group) for _ in rows[row]],
                 pad_token_id=self._encoder.tokenizer.pad_token_id or 0,
                 token_features=self._token_features,
             )
@@ -89,9 +104,9 @@ class ReferenceServer:
                     temperature=self.spec.temperature,
                     banned_token_ids=self._encoder.banned_token_ids,
                 )
-            rows = outcome.log_probs.cpu().numpy()
-            for row, index in enumerate(group):
-                result[index] = rows[row, : len(samples[index].token_ids)].copy()
+            values = outcome.log_probs.float().cpu().numpy()
+            for place, index in enumerate(members):
+                result[index] = values[place, : len(samples[index].token_ids)].copy()
         return result
 
 

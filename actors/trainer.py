@@ -32,9 +32,17 @@ from actors.calls import PEER_REFUSED
 from actors.engine import Engine, Place, join
 from actors.model import completion_log_probs, freeze, load_model
 from actors.schedule import learning_rate
+from actors.shared_prompts import LINEAR_COST, can_share_prompts, model_width
 from algorithms.finite import NonFiniteError
 from algorithms.objective import Denominators, ObjectiveMetrics, TokenBatch, finish_metrics, objective
-from rollout.balance import micro_batches, padding_share, split_evenly, split_over_ranks
+from rollout.balance import (
+    micro_batches,
+    padding_share,
+    row_lengths,
+    rows_of_prompts,
+    split_evenly,
+    split_over_ranks,
+)
 from rollout.encoding import ExpandedPrompt, PromptEncoder
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.media import MediaStore
@@ -55,14 +63,14 @@ class Plan:
 
     Attributes:
         samples: the whole batch.
-        groups: this rank's micro-batches, as indices into it.
+        groups: this rank's micro-batches: rows of indices into it; the samples of a row share its prompt.
         rounds: micro-batches of the rank that has most; the others run fillers, so that collectives match.
         prompts: expanded prompts of this rank's samples, by index.
         padding_share: of all ranks' padded tokens.
     """
 
     samples: list[TrainingSample]
-    groups: list[list[int]]
+    groups: list[list[list[int]]]
     rounds: int
     prompts: dict[int, ExpandedPrompt]
     padding_share: float
@@ -86,6 +94,7 @@ class RankTrainer:
         if spec.trainer.gradient_checkpointing:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.engine = Engine(module, spec.trainer, spec.model.precision, place)
+        self._shares_prompts = can_share_prompts(module)
         self._filler = self.encoder.filler()
         self._token_features = TOKEN_FEATURES & set(self._filler.features)
         self._pad_token_id = self.encoder.tokenizer.pad_token_id or 0
@@ -194,18 +203,36 @@ class RankTrainer:
         return learning_rate(step, self.spec.total_updates, trainer.learning_rate, trainer.schedule)
 
     def _plan(self, samples: list[TrainingSample]) -> Plan:
-        lengths = [sample.total_tokens for sample in samples]
+        rows, lengths = self._rows(samples)
         shares = split_over_ranks(lengths, self.place.world_size)
         groups = [micro_batches(lengths, share, self.spec.trainer.micro_batch_tokens) for share in shares]
-        own = shares[self.place.rank]
+        own = [index for row in shares[self.place.rank] for index in rows[row]]
         prompts = expand_prompts([samples[index] for index in own], self.encoder)
         return Plan(
             samples,
-            groups[self.place.rank],
+            [[rows[row] for row in group] for group in groups[self.place.rank]],
             rounds=max(map(len, groups)),
             prompts=dict(zip(own, prompts, strict=True)),
             padding_share=padding_share(lengths, [group for rank in groups for group in rank]),
         )
+
+    def _rows(self, samples: list[TrainingSample]) -> tuple[list[list[int]], list[int]]:
+        """Rows of samples that share a prompt, and their lengths; the same on every rank."""
+        bound = self.spec.trainer.micro_batch_tokens
+        prompt_lengths = [len(sample.prompt_token_ids) for sample in samples]
+        completion_lengths = [len(sample.token_ids) for sample in samples]
+        rows = [[index] for index in range(len(samples))]
+        if self._shares_prompts:
+            # Rows are what ranks and micro-batches are made of: long ones would balance badly.
+            fair = sum(sample.total_tokens for sample in samples) // (2 * self.place.world_size)
+            rows = rows_of_prompts(
+                [sample.prompt.prompt_id for sample in samples],
+                prompt_lengths,
+                completion_lengths,
+                max_tokens=min(bound, fair),
+                token_cost=LINEAR_COST * model_width(self.module),
+            )
+        return rows, row_lengths(rows, prompt_lengths, completion_lengths)
 
     def _agreed(self, action: Callable[[], T]) -> T:
         """Run what may fail on one rank only, and fail on all, so that none waits for another in a collective."""
@@ -269,16 +296,19 @@ class RankTrainer:
     def _micro_batch(self, plan: Plan, turn: int) -> tuple[list[TrainingSample], ModelBatch]:
         """Samples and tensors of a micro-batch: this rank's next group, or a filler of zero weight."""
         group = plan.groups[turn] if turn < len(plan.groups) else []
-        samples = [plan.samples[index] for index in group]
-        prompts = [plan.prompts[index] for index in group]
+        samples = [plan.samples[index] for row in group for index in row]
+        prompts = [plan.prompts[index] for row in group for index in row]
+        rows = [number for number, row in enumerate(group) for _ in row]
         if not group or self._lacks_media(prompts):
             samples.append(_filler_sample(self._filler, self.encoder.stop_token_ids, like=plan.samples[0]))
             prompts.append(self._filler)
+            rows.append(len(group))
         batch = model_batch(
             prompts,
             [sample.token_ids for sample in samples],
             pad_token_id=self._pad_token_id,
             token_features=self._token_features,
+            rows=rows,
         )
         return samples, batch.to(self.place.device)
 
@@ -302,10 +332,10 @@ class RankTrainer:
                     temperature=self.spec.temperature,
                     banned_token_ids=self.encoder.banned_token_ids,
                 )
-                rows = outcome.log_probs.float().cpu().numpy()
+                values = outcome.log_probs.float().cpu().numpy()
                 group = plan.groups[turn] if turn < len(plan.groups) else []
-                for row, index in enumerate(group):
-                    result[index] = rows[row, : len(samples[row].token_ids)].copy()
+                for place, index in enumerate(index for row in group for index in row):
+                    result[index] = values[place, : len(samples[place].token_ids)].copy()
         return result
 
     def _with_proximal(self, plan: Plan) -> Plan:

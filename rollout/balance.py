@@ -68,6 +68,68 @@ def micro_batches(lengths: Sequence[int], indices: Sequence[int], max_tokens: in
     return groups
 
 
+def rows_of_prompts(
+    prompts: Sequence[str],
+    prompt_lengths: Sequence[int],
+    completion_lengths: Sequence[int],
+    *,
+    max_tokens: int,
+    token_cost: int,
+) -> list[list[int]]:
+    """Which samples share a row, so that their common prompt is computed once.
+
+    A row of k completions saves k - 1 copies of the prompt, but every token of it is set against every other in the
+    attention. Of each prompt, the number of completions a row is chosen that costs least, with the cost of a row of T
+    tokens taken as token_cost * T + T^2.
+
+    Args:
+        prompts: [samples] id of each sample's prompt.
+        prompt_lengths, completion_lengths: [samples] tokens.
+        max_tokens: bound of a row, which a single sample may exceed (see :func:`micro_batches`).
+        token_cost: cost of a token outside the attention, in pairs of tokens inside it.
+    Returns:
+        Rows of sample indices, each of one prompt. Every index occurs exactly once.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(index)
+    rows: list[list[int]] = []
+    for group in groups.values():
+        sizes = {len(group)} | {2**power for power in range(len(group).bit_length())}
+        options = [_packed(group, prompt_lengths, completion_lengths, size, max_tokens) for size in sorted(sizes)]
+        costs = [_cost(option, prompt_lengths, completion_lengths, token_cost) for option in options]
+        rows += options[costs.index(min(costs))]
+    return rows
+
+
+def row_lengths(
+    rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], completion_lengths: Sequence[int]
+) -> list[int]:
+    """[rows] tokens of each row: the prompt once, and every completion."""
+    return [prompt_lengths[row[0]] + sum(completion_lengths[index] for index in row) for row in rows]
+
+
+def _packed(
+    group: Sequence[int], prompt_lengths: Sequence[int], completion_lengths: Sequence[int], size: int, max_tokens: int
+) -> list[list[int]]:
+    rows: list[list[int]] = []
+    tokens = 0
+    for index in group:
+        if rows and len(rows[-1]) < size and tokens + completion_lengths[index] <= max_tokens:
+            rows[-1].append(index)
+            tokens += completion_lengths[index]
+        else:
+            rows.append([index])
+            tokens = prompt_lengths[index] + completion_lengths[index]
+    return rows
+
+
+def _cost(
+    rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], completion_lengths: Sequence[int], token_cost: int
+) -> int:
+    return sum(length * (token_cost + length) for length in row_lengths(rows, prompt_lengths, completion_lengths))
+
+
 def padding_share(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> float:
     """Share of the padded tokens of `groups` that is padding; 0 for no groups."""
     padded = sum(len(group) * max(lengths[index] for index in group) for group in groups)

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.balance import micro_batches, padding_share, split_evenly, split_over_ranks
+from rollout.balance import (
+    micro_batches,
+    padding_share,
+    row_lengths,
+    rows_of_prompts,
+    split_evenly,
+    split_over_ranks,
+)
 from rollout.failures import DataError
 
 lengths_of_samples = st.lists(st.integers(1, 500), max_size=80)
@@ -69,3 +76,27 @@ def test_even_parts_follow_each_other_and_differ_by_at_most_one(count: int, part
 def test_padding_share_counts_the_padding() -> None:
     assert padding_share([4, 2], [[0, 1]]) == pytest.approx(2 / 8)
     assert padding_share([], []) == 0.0
+
+
+samples_of_prompts = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 200)), max_size=40)
+PROMPT_LENGTHS = {"a": 5, "b": 60, "c": 400, "d": 30}
+
+
+@given(samples_of_prompts, st.integers(1, 2000), st.integers(1, 10_000))
+def test_every_sample_is_in_exactly_one_row_with_others_of_its_prompt(
+    samples: list[tuple[str, int]], max_tokens: int, token_cost: int
+) -> None:
+    prompts, lengths = [name for name, _ in samples], [length for _, length in samples]
+    prompt_lengths = [PROMPT_LENGTHS[name] for name in prompts]
+    rows = rows_of_prompts(prompts, prompt_lengths, lengths, max_tokens=max_tokens, token_cost=token_cost)
+    assert sorted(index for row in rows for index in row) == list(range(len(samples)))
+    assert all(len({prompts[index] for index in row}) == 1 for row in rows)
+    for row, length in zip(rows, row_lengths(rows, prompt_lengths, lengths), strict=True):
+        assert len(row) == 1 or length <= max_tokens
+
+
+def test_a_long_prompt_is_shared_and_a_short_one_before_long_answers_is_not() -> None:
+    together = rows_of_prompts(["a"] * 4, [1000] * 4, [50] * 4, max_tokens=10_000, token_cost=768)
+    assert together == [[0, 1, 2, 3]]
+    apart = rows_of_prompts(["a"] * 4, [10] * 4, [2000] * 4, max_tokens=100_000, token_cost=768)
+    assert apart == [[0], [1], [2], [3]]
