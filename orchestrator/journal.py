@@ -15,6 +15,9 @@ from orchestrator.tracking import MediaPaths, Tracker
 
 logger = logging.getLogger(__name__)
 
+NOTE_CHARACTERS = 300
+"""Of an event on the terminal; the record has all of it."""
+
 
 @dataclass
 class Journal:
@@ -68,7 +71,8 @@ class Journal:
         """Something that happened, for the record and, where it matters at once, for the terminal."""
         self.record.event(kind, **data)
         if kind not in QUIET:
-            self.progress.note(f"{kind.replace('_', ' ')}: " + ", ".join(f"{k} {v}" for k, v in data.items())[:300])
+            told = ", ".join(f"{key} {value}" for key, value in data.items())
+            self.progress.note(f"{kind.replace('_', ' ')}: {' '.join(told.split())[:NOTE_CHARACTERS]}")
 
 
 QUIET = frozenset({"started", "resumed", "checkpoint", "finished"})

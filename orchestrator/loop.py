@@ -174,8 +174,10 @@ class Training:
             FailureError: weights.on_alarm = stop, and they disagree.
         """
         names = ("mismatch_kl", "max_logprob_gap")
-        measured = {n: metrics.get(f"rollout/{n}", metrics.get(f"train/{n}")) for n in names}
-        metrics |= {f"rollout/{n}": value for n, value in measured.items() if value is not None}
+        if (
+            self.config.rollout.max_staleness == 0
+        ):  # the batch's own tokens are a canary: the trainer was where they are
+            metrics |= {f"rollout/{n}": metrics[f"train/{n}"] for n in names if f"train/{n}" in metrics}
         said = alarm(metrics, self.config.weights)
         if said is not None:
             self.journal.event("alarm", version=self.state.version - 1, why=said)

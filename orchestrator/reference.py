@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,6 @@ from rollout.samples import TrainingSample
 
 if TYPE_CHECKING:
     from actors.reference import ReferencePool
-
-logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3
 """Restarts of the reference before the run stops."""
@@ -63,7 +60,6 @@ class Reference:
             message = f"the reference was lost {self._restarts + 1} times; the last time: {failure.message}"
             raise FailureError(Failure(FailureKind.INFRASTRUCTURE, "reference_lost", message))
         self._restarts += 1
-        logger.warning("%s; starting it again", failure.message)
         self._on_event("reference_died", why=failure.message)
         await dead.stop()
         self._pool = await self._launch()

@@ -28,7 +28,7 @@ from rollout.groups import (
     Groups,
     StartGeneration,
 )
-from rollout.ledger import Ledger
+from rollout.ledger import Ledger, LedgerError
 from rollout.prompts import Prompt
 from rollout.samples import FinishReason, Generation, ScoredGroup
 from rollout.scheduler import Scheduler
@@ -191,7 +191,10 @@ class Rollouts:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         now = time.time()
-        self._apply(*(Drop(group_id, "run_stopped", now) for group_id in self._groups.open))
+        try:
+            self._apply(*(Drop(group_id, "run_stopped", now) for group_id in self._groups.open))
+        except LedgerError as error:  # what stopped the run, as a rule; a resume closes the account
+            self._on_event("account_left_open", open=len(self._groups.open), why=str(error))
 
     def _seed_of(self, prompt: Prompt, version: int) -> int:
         """Seed of a group: of the prompt, the version, and how often it was drawn at that version.
@@ -308,14 +311,16 @@ class Rollouts:
             raise FailureError(Failure(self._last_failure.kind, "too_many_dropped", message))
 
     def _apply(self, *events: GroupEvent) -> None:
-        """Move groups and write it down, in one transaction."""
-        transitions = []
+        """Move groups and write it down, in one transaction: where the ledger refuses, nothing has moved."""
+        groups, transitions = self._groups, []
         for event in events:
-            self._groups, made = self._groups.on(event)
+            groups, made = groups.on(event)
             transitions += made
-            if event.group_id not in self._groups.open:
-                self._prompts.pop(event.group_id, None)
         self._ledger.append(transitions)
+        self._groups = groups
+        for event in events:
+            if event.group_id not in groups.open:
+                self._prompts.pop(event.group_id, None)
 
 
 def dropped_metrics(dropped: dict[str, int]) -> dict[str, float]:

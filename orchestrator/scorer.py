@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,6 @@ from rollout.samples import Completion, Score
 
 if TYPE_CHECKING:
     from actors.reward import RewardHandle
-
-logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3
 """Restarts of the reward server before the run stops."""
@@ -76,7 +73,6 @@ class Scorer:
                 message = f"the reward server died {self._restarts + 1} times; the last time: {failure.message}"
                 raise FailureError(Failure(FailureKind.INFRASTRUCTURE, "reward_server_lost", message))
             self._restarts += 1
-            logger.warning("%s; starting it again", failure.message)
             self._on_event("reward_server_died", why=failure.message)
             self._handle = await self._launch()
             self._on_event("reward_server_restarted", restarts=self._restarts)

@@ -168,20 +168,10 @@ async def test_a_canary_lost_with_its_generator_leaves_no_figure_and_does_not_st
         raise FailureError(Failure(FailureKind.INFRASTRUCTURE, "generator_died", "it died"))
 
     run.policy.log_probs = lost
-    run.policy.update = without_agreement(run.policy.update)
     await run.training.train()
     await run.training.stop()
     assert all("rollout/mismatch_kl" not in told for told in steps(run.folder).values())
     assert len(rows(run.folder, "events", "no_canary")) == 3
-
-
-def without_agreement(update: Any) -> Any:
-    """An update that measures no agreement."""
-
-    async def bare(*arguments: Any, **named: Any) -> dict[str, float]:
-        return {k: v for k, v in (await update(*arguments, **named)).items() if "mismatch" not in k and "gap" not in k}
-
-    return bare
 
 
 async def test_an_alarm_stops_the_run_where_the_recipe_says_so(make: Callable[..., Any]) -> None:

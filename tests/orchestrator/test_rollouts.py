@@ -17,7 +17,7 @@ from orchestrator.scorer import MAX_RESTARTS, Scorer
 from rollout.config import RolloutConfig
 from rollout.cursor import PromptCursor
 from rollout.failures import Failure, FailureError, FailureKind
-from rollout.ledger import Ledger
+from rollout.ledger import Ledger, LedgerError
 from tests.orchestrator.stand_ins import (
     DEADLINE_S,
     Events,
@@ -317,6 +317,29 @@ async def test_stopping_closes_the_account_of_what_was_open(stage: Callable[...,
     account = one.ledger.account()
     assert account.dropped == {"run_stopped": 4}
     assert account.open == 0
+
+
+async def test_where_the_ledger_refuses_nothing_has_moved_and_the_refusal_is_what_the_run_hears(
+    stage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = await stage()
+    append = one.ledger.append
+
+    def full(transitions: Any) -> None:
+        if one.events.all or any(t.to_state == "scoring" for t in transitions):
+            one.events("disk_full")
+            raise LedgerError(Failure(FailureKind.INFRASTRUCTURE, "ledger_disk_full", "the disk is full"))
+        append(transitions)
+
+    monkeypatch.setattr(one.ledger, "append", full)
+    with pytest.raises(LedgerError, match="the disk is full"):
+        await one.collect()
+    await one.rollouts.stop()
+    (left,) = one.events.of("account_left_open")
+    assert left["open"] == one.ledger.account().open == 4
+    monkeypatch.undo()
+    assert len(one.ledger.recover(at_s=0.0)) == 4
+    one.rollouts._groups = type(one.rollouts._groups)()
 
 
 async def test_open_prompts_are_those_a_checkpoint_has_to_give_back(stage: Callable[..., Any]) -> None:
