@@ -174,9 +174,7 @@ class Training:
             FailureError: weights.on_alarm = stop, and they disagree.
         """
         names = ("mismatch_kl", "max_logprob_gap")
-        if (
-            self.config.rollout.max_staleness == 0
-        ):  # the batch's own tokens are a canary: the trainer was where they are
+        if self.config.rollout.max_staleness == 0:  # the trainer passed the batch at the version that sampled it
             metrics |= {f"rollout/{n}": metrics[f"train/{n}"] for n in names if f"train/{n}" in metrics}
         said = alarm(metrics, self.config.weights)
         if said is not None:
