@@ -218,7 +218,8 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image = f"{name}_{index}.png"
             colour = random.integers(0, 255, 3, dtype=np.uint8)
             Image.fromarray(np.broadcast_to(colour, (56, 56, 3)).copy()).save(folder / image)
-            lines.append(json.dumps({"prompt": f"<image>What is {index}?", "images": [image], "target": str(index)}))
+            row = {"prompt": f"<image>What is {index}?", "images": [image], "target": str(index), "response": "a ha"}
+            lines.append(json.dumps(row))
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 

@@ -29,6 +29,7 @@ TRAPS = {
     "hangs": "reward_timeout",
     "text": "reward_not_a_number",
     "none": "reward_missing",
+    "count": "reward_wrong_count",
 }
 REWARDS = """
 import time
@@ -45,6 +46,10 @@ def trapped(request):
         return {"nan": float("nan"), "text": "1.0", "none": None}[trap]
     return sum(request.completion.count(vowel) for vowel in "aeiou") + 0.01 * len(request.completion)
 
+@reward_function("of_the_group", batched=True)
+def of_the_group(requests):
+    return [0.0] * (len(requests) + (requests[0].metadata.get("trap") == "count"))
+
 @reward_function("always_raises")
 def always_raises(request):
     raise KeyError("the column that never was")
@@ -53,7 +58,7 @@ def always_raises(request):
 
 @pytest.fixture(scope="module")
 def bad_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve good questions, six that trap the reward or the context, and six rows that can't even be read."""
+    """Twelve good questions, seven that trap a reward or the context, and six rows that can't even be read."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "rewards.py").write_text(REWARDS)
     Image.fromarray(np.full((56, 56, 3), 90, np.uint8)).save(folder / "good.png")
@@ -82,7 +87,7 @@ def bad_recipe(small_recipe: dict[str, Any], bad_data: Path) -> dict[str, Any]:
         data={"train": {"path": str(bad_data / "train.jsonl"), "images_column": "images"}},
         reward={
             "modules": [str(bad_data / "rewards.py")],
-            "components": [{"function": "trapped"}],
+            "components": [{"function": "trapped"}, {"function": "of_the_group"}],
             "deadline_s": 1.0,
             "max_attempts": 2,
             "workers": 2,
