@@ -83,7 +83,10 @@ class _Connection:
 
 
 def _unavailable(where: str, why: str) -> FailureError:
-    message = f"Ray ({where}) can't be used: {why}. Is cluster.address right, and does the cluster run?"
+    message = (
+        f"Ray ({where}) can't be used: {why}. Is cluster.address right, and does the cluster run? One that refuses a "
+        "missing token (Ray's log: InvalidAuthToken) takes runs with RAY_AUTH_MODE=token in their environment."
+    )
     return FailureError(Failure(FailureKind.INFRASTRUCTURE, "ray_unavailable", message))
 
 

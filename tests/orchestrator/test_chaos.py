@@ -260,8 +260,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def ray_already(tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """A Ray cluster that was there before: its address and its mark."""
+def ray_already(tmp_path: Path) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """A Ray cluster that was there before: its address, its mark, and the token it wants, as environment."""
     mark = uuid.uuid4().hex
     port, client_port = free_ports(2)
     address = f"127.0.0.1:{port}"
@@ -269,7 +269,8 @@ def ray_already(tmp_path: Path) -> Iterator[tuple[str, str]]:
     ray = [str(Path(sys.prefix, "bin", "ray")), "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
     ray += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--temp-dir={files}"]
     ray += [f"--ray-client-server-port={client_port}", "--object-store-memory=100000000"]
-    environment = os.environ | {MARK: mark, "OMP_NUM_THREADS": "1"}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+    environment = os.environ | {MARK: mark, "OMP_NUM_THREADS": "1"} | token
     log = (tmp_path / "ray.txt").open("wb")
     with log, subprocess.Popen(ray, stdout=log, stderr=log, env=environment, start_new_session=True) as head:
         try:
@@ -278,7 +279,7 @@ def ray_already(tmp_path: Path) -> Iterator[tuple[str, str]]:
                 assert head.poll() is None, (tmp_path / "ray.txt").read_text()
                 time.sleep(0.2)
             time.sleep(3.0)
-            yield address, mark
+            yield address, mark, token
         finally:
             for process in marked(mark):
                 process.kill()
@@ -307,9 +308,12 @@ def marked(mark: str) -> list[psutil.Process]:
 
 
 def test_a_cluster_that_is_there_is_used_where_the_recipe_names_it_and_left_alone_where_not(
-    slow_recipe: dict[str, Any], start: Callable[..., Command], ray_already: tuple[str, str], tmp_path: Path
+    slow_recipe: dict[str, Any],
+    start: Callable[..., Command],
+    ray_already: tuple[str, str, dict[str, str]],
+    tmp_path: Path,
 ) -> None:
-    address, mark = ray_already
+    address, mark, token = ray_already
     own = start(overridden(slow_recipe, run__folder=str(tmp_path / "own")), RAY_ADDRESS=address)
     own.until_step(1)
     assert own.processes("raylet")
@@ -317,7 +321,7 @@ def test_a_cluster_that_is_there_is_used_where_the_recipe_names_it_and_left_alon
     own.interrupt()
     assert_interrupted(own, version=1)
 
-    used = start(overridden(slow_recipe, cluster__address=address, trainer__steps=2))
+    used = start(overridden(slow_recipe, cluster__address=address, trainer__steps=2), **token)
     assert used.wait() == 0, used.output
     assert not used.processes("raylet")
     assert list(steps(used.folder)) == [1, 2]
