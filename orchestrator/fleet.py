@@ -50,6 +50,8 @@ class Member:
     version: int = -1
     running: int = 0
     restarts: int = 0
+    why: str = ""
+    """What was last wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,8 @@ class GeneratorFleet:
         except TimeoutError:
             pass
         if not any(m.health is Health.HEALTHY for m in self.members):
-            states = ", ".join(f"{m.name} {m.health} after {m.restarts} restarts" for m in self.members)
-            message = f"no generator can serve: {states}. Their logs are in the Ray session's folder."
+            states = "; ".join(f"{m.name} {m.health} after {m.restarts} restarts: {m.why}" for m in self.members)
+            message = f"no generator can serve. {states}. Their logs are in the Ray session's folder."
             raise FailureError(Failure(FailureKind.INFRASTRUCTURE, NO_GENERATOR, message))
 
     async def _deliver(self, member: Member, offer: WeightsOffer) -> WeightsReceipt | None:
@@ -201,7 +203,7 @@ class GeneratorFleet:
         """Give a generator up for a restart; of the many calls that fail with it, the first does it."""
         if member.health is Health.DEAD or member.handle is not handle:
             return
-        member.health, member.version = Health.DEAD, -1
+        member.health, member.version, member.why = Health.DEAD, -1, why
         self.on_event("generator_died", generator=member.name, why=why)
         task = asyncio.get_running_loop().create_task(self._restart(member))
         self._restarts.add(task)
@@ -222,7 +224,7 @@ class GeneratorFleet:
                 await self._deliver(member, self.offer)
         except Exception as error:  # whatever it is, the fleet has to go on without this one
             self.on_event("generator_lost", generator=member.name, why=str(error))
-            member.health = Health.DEAD
+            member.health, member.why = Health.DEAD, str(error)
         finally:
             self._restarts.discard(asyncio.current_task())
             async with self._changed:

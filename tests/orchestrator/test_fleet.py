@@ -125,7 +125,7 @@ async def test_when_every_generator_is_lost_the_verdict_comes_at_once_and_names_
         with pytest.raises(FailureError):
             await fleet.generate(prompt("0"), 1, SAMPLING, 0, "0")
     async with asyncio.timeout(5):
-        with pytest.raises(FailureError, match=r"generator-0 dead .* generator-1 dead") as caught:
+        with pytest.raises(FailureError, match=r"generator-0 dead .*start_failed; generator-1 dead") as caught:
             await fleet.generate(prompt("0"), 1, SAMPLING, 0, "0")
     assert caught.value.failure.reason == NO_GENERATOR
 
