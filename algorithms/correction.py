@@ -70,6 +70,6 @@ def importance_correction(
     return Correction(
         weights=weights.masked_fill(~mask, 0.0),
         is_touched=is_touched & mask,
-        kl=ratio - 1 - bounded,
+        kl=bounded.expm1() - bounded,
         gap=log_ratio.abs(),
     )

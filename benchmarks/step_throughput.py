@@ -33,6 +33,8 @@ REQUIREMENTS = HERE / "requirements-trl.txt"
 KL_COEFFICIENT = 0.01
 # So small that the policy, and with it the distribution of lengths, stays what it is.
 LEARNING_RATE = 1e-6
+THREADS = 2
+"""Of trainer and reference, which never run at the same time as the generator here."""
 PARTS = ("generate", "score", "reference", "learn", "sync")
 TARGETS = {"fixed-32": 1.0, "unequal-256": 1.5}
 
@@ -45,7 +47,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--case", choices=[case.name for case in CASES], action="append", help="by default all")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--warmup", type=int, default=6, help="first steps that aren't counted")
-    parser.add_argument("--threads", type=int, default=2, help="of the peer; Counterpoint's are settings")
+    parser.add_argument("--threads", type=int, default=2, help="of the peer")
     parser.add_argument("--peer-micro-batches", default="256,64", help="completions in a forward pass; the best counts")
     parser.add_argument("--deadline-s", type=float, default=1200.0, help="for one engine on one workload")
     options, overrides = parser.parse_known_args()
@@ -139,9 +141,9 @@ def recipe(case: Case, folder: Path, steps: int) -> dict[str, Any]:
             "modules": [str(HERE / "throughput_reward.py")],
         },
         "algorithm": {"kl": {"coefficient": KL_COEFFICIENT}},
-        "trainer": {"steps": steps, "learning_rate": LEARNING_RATE, "micro_batch_tokens": tokens},
+        "trainer": {"steps": steps, "learning_rate": LEARNING_RATE, "micro_batch_tokens": tokens, "threads": THREADS},
         "generator": {"max_sequences": 256, "kv_cache_gib": 1.0, "enforce_eager": True},
-        "reference": {"micro_batch_tokens": tokens},
+        "reference": {"micro_batch_tokens": tokens, "threads": THREADS},
         "checkpoint": {"every_steps": 10 * steps, "export": False},
         "tracking": {"enabled": False, "samples_every_steps": 0},
     }

@@ -60,12 +60,10 @@ class Journal:
         self.tracker.samples(step, rows, self.media)
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        """An evaluation and its first completions."""
-        metrics = evaluation.metrics()
+        """An evaluation in one mode, and its first completions."""
         self.record.evaluation(evaluation.version, evaluation.mode, evaluation.result, evaluation.rows)
-        self.tracker.metrics(evaluation.version, metrics)
+        self.tracker.metrics(evaluation.version, evaluation.metrics())
         self.tracker.samples(evaluation.version, evaluation.rows, self.media, name=f"evaluation-{evaluation.mode}")
-        self.progress.evaluation(evaluation.version, metrics)
 
     def event(self, kind: str, **data: Any) -> None:
         """Something that happened, for the record and, where it matters at once, for the terminal."""

@@ -207,6 +207,7 @@ class Training:
         prompts = self.held_out if is_edge else self.held_out[: settings.prompts]
         if not prompts:
             return
+        shown: dict[str, float] = {}
         for mode in settings.modes:
             found = await evaluate(
                 self.fleet,
@@ -219,9 +220,12 @@ class Training:
                 shown=self.config.tracking.samples,
             )
             self.journal.evaluation(found)
-            value = found.metrics().get(self.config.checkpoint.metric)
+            metrics = found.metrics()
+            shown |= metrics
+            value = metrics.get(self.config.checkpoint.metric)
             if value is not None and (self.state.best is None or value > self.state.best.value):
                 self.state.best = BestMetric(value=value, step=version)
+        self.journal.progress.evaluation(version, shown)
 
     async def stop(self) -> None:
         """Stop generation; what is open is dropped from the account as such."""
