@@ -29,7 +29,9 @@ class ModelConfig(BaseModel):
 
     path: Path = Field(description="A Hugging Face folder with weights, tokenizer, processor and chat template.")
     precision: Precision = Field("bfloat16", description="Of parameters and activations in trainer and generator.")
-    attention: Literal["eager", "sdpa", "flash_attention_2"] = Field("sdpa", description="Attention in trainer and reference.")
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = Field(
+        "sdpa", description="Attention in trainer and reference."
+    )
     max_length: int = Field(4096, ge=8, description="Tokens of prompt and completion together.")
     freeze: FreezeConfig = FreezeConfig()
     trust_remote_code: bool = Field(False, description="Run code that comes with the model folder.")
@@ -101,8 +103,12 @@ class WeightsConfig(BaseModel):
     listen: Literal["loopback", "node"] = Field(
         "loopback", description="Who may pull: generators on this host, or on every host that reaches the node."
     )
-    max_logprob_gap: float = Field(0.5, gt=0.0, description="Alarm: gap between trainer's and generator's log-probability of a token, in nats.")
-    max_mismatch_kl: float = Field(0.02, gt=0.0, description="Alarm: mean KL a token between generator and trainer, in nats.")
+    max_logprob_gap: float = Field(
+        0.5, gt=0.0, description="Alarm: gap between trainer's and generator's log-probability of a token, in nats."
+    )
+    max_mismatch_kl: float = Field(
+        0.02, gt=0.0, description="Alarm: mean KL a token between generator and trainer, in nats."
+    )
     on_alarm: Literal["warn", "stop"] = Field("warn", description="What an alarm does.")
 
 

@@ -31,7 +31,9 @@ class SamplingConfig(BaseModel):
 
     model_config = STRICT
 
-    temperature: float = Field(1.0, ge=0.0, description="0 is greedy; log-probabilities are of the tempered distribution.")
+    temperature: float = Field(
+        1.0, ge=0.0, description="0 is greedy; log-probabilities are of the tempered distribution."
+    )
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="Nucleus; below 1 it biases the importance ratio.")
     top_k: int = Field(0, ge=0, description="0 is off; above 0 it biases the importance ratio.")
     max_tokens: int = Field(512, ge=1, description="Token limit of a completion.")
@@ -48,8 +50,15 @@ class RolloutConfig(BaseModel):
 
     prompts_per_step: int = Field(32, ge=1, description="Groups in a training batch.")
     group_size: int = Field(8, ge=1, description="Completions a prompt.")
-    max_staleness: int = Field(0, ge=0, description="Policy versions a sample may lag behind; 0 is synchronous training.")
+    max_staleness: int = Field(
+        0, ge=0, description="Policy versions a sample may lag behind; 0 is synchronous training."
+    )
     sampling: SamplingConfig = SamplingConfig()
     max_attempts: int = Field(3, ge=1, description="Tries of a group's generation before it is dropped.")
     drop_equal_rewards: bool = Field(False, description="Drop groups whose rewards are all equal, and sample others.")
-    max_dropped_share: float = Field(0.5, gt=0.0, le=1.0, description="Stop the run when more than this share of the last 200 groups was dropped because of failures.")
+    max_dropped_share: float = Field(
+        0.5,
+        gt=0.0,
+        le=1.0,
+        description="Stop the run when more than this share of the last 200 groups was dropped because of failures.",
+    )
