@@ -18,6 +18,7 @@ RECIPES = ROOT / "recipes"
 def run(title: str, *command: str) -> None:
     """Run one part; end the demo with its exit code where it fails."""
     shown = " ".join(Path(part).name if part.startswith(sys.prefix) else part for part in command)
+    shown = shown.replace(f"{ROOT}/", "")
     print(f"\n== {title}\n$ {shown}", flush=True)
     started = time.monotonic()
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
