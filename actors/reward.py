@@ -149,7 +149,7 @@ async def start_reward_server(
             doesn't exist (``reward_unknown_function``) or refuses its arguments (``reward_bad_arguments``);
             INFRASTRUCTURE where the server didn't start in time. The actor is gone then.
     """
-    actor: Any = ray.remote(RewardServer).options(**(share or Share()).options(threads=1)).remote(spec)
+    actor: Any = ray.remote(RewardServer).options(**(share or Share()).options(threads=1)).remote(spec.resolved())
     handle = RewardHandle(actor, name)
     try:
         async with asyncio.timeout(deadline_s):
