@@ -3,7 +3,7 @@
 Prints one JSON line: seconds of each step, completions per second of the steady state, and mean completion length.
 The settings are what a careful user of TRL would choose on CPU: float32, no gradient checkpointing (TRL's default
 recomputes), no logging or saving, rewards that cost nothing. Generation is TRL's own (transformers' `generate`): its
-vLLM mode needs a GPU, and its continuous batching drops the images.
+vLLM mode was not tried, and its continuous batching drops the images.
 """
 
 from __future__ import annotations

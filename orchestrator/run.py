@@ -203,7 +203,7 @@ def _interval(found: dict[str, Any]) -> str:
 
 
 async def _evaluate(config: Config, checkpoint: Path | None) -> int:
-    """Every mode of the recipe on every held-out prompt, printed as a table and written to the run folder."""
+    """Every mode of the recipe on every held-out prompt, printed as a table."""
     from rich.console import Console
     from rich.table import Table
 

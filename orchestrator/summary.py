@@ -174,7 +174,7 @@ def weights_summary(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def is_verified(row: Mapping[str, Any]) -> bool:
-    """Whether every generator was found to hold the version published at this step."""
+    """Whether every serving generator was found to hold the version published at this step; a dead one serves none."""
     return row.get("weights/verified_version") == row.get("weights/version")
 
 

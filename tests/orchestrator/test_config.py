@@ -108,7 +108,8 @@ def test_a_combination_that_surprises_is_warned_of(changes: list[tuple[str, Any]
 
 
 def test_reference_settings_without_a_kl_term_are_fine() -> None:
-    Config.model_validate(tree(("reference.micro_batch_tokens", 512), ("algorithm.kl.coefficient", 0.0)))
+    config = Config.model_validate(tree(("reference.micro_batch_tokens", 512), ("algorithm.kl.coefficient", 0.0)))
+    assert config.reference.micro_batch_tokens == 512
 
 
 def test_all_impossible_combinations_are_named_at_once() -> None:
