@@ -1,10 +1,15 @@
-"""What to learn from a batch: orthogonal choices, each by name."""
+"""What to learn from a batch: orthogonal choices, each a registered method by name with its own switches.
+
+Whether the names, their switches and their combination make sense is asked in choices.py, once the user's files that
+register methods of their own have been imported.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -15,9 +20,9 @@ class KLConfig(BaseModel):
     model_config = STRICT
 
     coefficient: float = Field(0.0, ge=0.0, description="Weight of the KL term; 0 needs no reference model.")
-    estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of the KL (Schulman, 2020).")
+    estimator: str = Field("k3", description="A registered KL estimator.")
     placement: Literal["loss", "reward"] = Field(
-        "loss", description="In the loss, or subtracted from the sample's reward, summed over its tokens."
+        "loss", description="In the loss, or subtracted from the rewards, token by token."
     )
     controller: Literal["fixed", "adaptive"] = Field(
         "fixed", description="Fixed, or adapted towards the target (Ziegler et al., 2019)."
@@ -25,54 +30,56 @@ class KLConfig(BaseModel):
     target_nats: float = Field(0.05, gt=0.0, description="KL a token the adaptive controller steers to.")
     horizon: int = Field(100, ge=1, description="Updates over which the adaptive controller acts.")
 
-    @model_validator(mode="after")
-    def _the_estimator_suits_its_place(self) -> KLConfig:
-        if self.coefficient > 0 and self.placement == "loss" and self.estimator == "k1":
-            raise ValueError(
-                "algorithm.kl.estimator = k1 does nothing in the loss: its gradient is 0 in expectation. "
-                "Set algorithm.kl.estimator to k2 or k3, or algorithm.kl.placement to reward."
-            )
-        if self.coefficient > 0 and self.placement == "reward" and self.estimator != "k1":
-            raise ValueError(
-                f"algorithm.kl.estimator = {self.estimator} in the reward doesn't follow the gradient of the KL. "
-                "Set algorithm.kl.estimator to k1, or algorithm.kl.placement to loss."
-            )
-        return self
-
 
 class CorrectionConfig(BaseModel):
     """Correction for the gap between the generator's and the trainer's distribution."""
 
     model_config = STRICT
 
-    method: Literal["none", "token_truncated", "sequence_truncated", "token_masked"] = Field(
-        "token_truncated", description="Importance sampling truncated by token or by sequence, or masked (IcePop)."
+    method: str = Field("token_truncated", description="A registered rollout correction.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
+    veto: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="Leave out a whole sequence if the importance ratio of one of its tokens is below this.",
     )
-    high: float = Field(2.0, gt=0.0, description="Upper bound of the importance weight.")
-    low: float = Field(0.5, ge=0.0, description="Lower bound, where the method masks.")
-
-    @model_validator(mode="after")
-    def _the_bounds_are_in_order(self) -> CorrectionConfig:
-        if self.method == "token_masked" and self.low >= self.high:
-            raise ValueError(
-                f"algorithm.correction.low = {self.low:g} must be below algorithm.correction.high = {self.high:g}, "
-                "or every token is masked."
-            )
-        return self
 
 
-class AlgorithmConfig(BaseModel):
-    """Advantage estimator x policy loss x aggregation x KL x correction."""
+class ShapingConfig(BaseModel):
+    """One adjustment of the rewards, made before advantages are taken."""
 
     model_config = STRICT
 
+    name: str = Field(description="A registered reward shape.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
+
+
+class AlgorithmConfig(BaseModel):
+    """Advantage estimator x policy loss x aggregation x KL x correction, and how many rewards become one."""
+
+    model_config = STRICT
+
+    modules: tuple[Path, ...] = Field((), description="Python files to import first; they register methods.")
+    combination: str = Field("weighted_sum", description="How reward components become one reward.")
+    combination_options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
+    shaping: tuple[ShapingConfig, ...] = Field((), description="Adjustments of the rewards, in order.")
     advantage: str = Field("grpo", description="A registered advantage estimator.")
-    loss: str = Field("clip", description="A registered policy loss.")
-    clip_low: float = Field(0.2, gt=0.0, lt=1.0, description="The ratio is clipped below at 1 - clip_low.")
-    clip_high: float = Field(0.2, gt=0.0, description="The ratio is clipped above at 1 + clip_high.")
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = Field(
-        "token_mean", description="Mean over all tokens; mean over sequences of token means; or of token sums."
+    advantage_options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
+    credit: Literal["trajectory", "turn"] = Field(
+        "trajectory", description="What is compared and credited: whole completions, or each turn of the policy in them."
     )
+    difficulty_weighting: bool = Field(
+        False, description="Weigh groups by 4 p(1 - p), with p the group's mean reward between its bounds."
+    )
+    loss: str = Field("clip", description="A registered policy loss.")
+    loss_options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
+    aggregation: str = Field("token_mean", description="A registered aggregation of token losses.")
+    aggregation_options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
+    gradient_combination: str | None = Field(
+        None, description="Combine the gradients of the reward components, one backward pass each, instead of rewards."
+    )
+    gradient_options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
     entropy_coefficient: float = Field(0.0, ge=0.0, description="Weight of the entropy bonus.")
     kl: KLConfig = KLConfig()
     correction: CorrectionConfig = CorrectionConfig()
