@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from algorithms.inputs import AdvantageInputs, BatchTokens, LossInputs, TokenLoss
+from algorithms.inputs import BatchTokens
 
 
 class RegistryError(ValueError):
@@ -140,17 +140,23 @@ class KLEstimator(Method):
 
 @dataclass(frozen=True)
 class PreferenceLoss(Method):
-    """`(inputs: PreferenceInputs, options) -> PreferenceOutcome`; see algorithms/preferences.py.
+    """`(inputs: PreferenceInputs or UnpairedInputs, options) -> PreferenceOutcome`; see algorithms/preferences.py.
 
     Attributes:
         is_paired: whether it compares a chosen with a rejected answer; otherwise each answer has a label of its own.
         needs_reference: whether it needs a reference model's log-probabilities.
         needs_negative_image: whether it needs log-probabilities under a worse image.
+        needs: names of the optional fields of the inputs it can't do without ("reward_margins", "kl_baseline",
+            "by_token").
+        initial_state: `(options) -> state` before the first step, for a loss that remembers; the state after a step is
+            `state.after(sums)`, with the sums of the whole batch.
     """
 
     is_paired: bool = True
     needs_reference: bool = True
     needs_negative_image: bool = False
+    needs: frozenset[str] = frozenset()
+    initial_state: Callable[[Any], Any] | None = None
 
 
 Entry = TypeVar("Entry", bound=Method)
