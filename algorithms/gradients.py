@@ -1,0 +1,510 @@
+"""Many objectives at the gradient level: weights of the combination Σ_k w_k g_k of the gradients of K losses.
+
+Every method here but FAMO sees the gradients only through their Gram matrix G_ij = <g_i, g_j>, a sum over parameters:
+under ZeRO each rank adds up its own shard, the K × K sums are all-reduced, and every rank computes the same weights.
+FAMO sees losses instead. What holds the gradients, and when they are made, is the trainer's affair.
+
+Gradients are of losses, so training steps along minus the combination. A gradient that is exactly zero (a reward all of
+whose groups were equal) has no say: the methods leave it out, where the papers divide by its norm or stop at it. The
+weights are a function of cosines computed in float64, so gradients opposed to within 1e-6 of their length count as
+opposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor
+
+from algorithms.finite import require_finite
+from algorithms.gradient_solvers import bargaining_point, equal_projections, fairest_step, nearest_point
+from algorithms.registry import GRADIENT_COMBINATIONS, Options, method
+
+BLOCK = 1 << 20
+"""Entries of each gradient that are converted to float64 at a time."""
+
+
+@dataclass(frozen=True)
+class FAMOState:
+    """What FAMO carries from step to step, and a checkpoint must keep.
+
+    Attributes:
+        logits: ξ of each objective; all zero, equal shares, before the first step.
+    """
+
+    logits: tuple[float, ...]
+
+    @classmethod
+    def initial(cls, objectives: int) -> FAMOState:
+        """Equal shares of all objectives."""
+        return cls((0.0,) * objectives)
+
+
+@dataclass(frozen=True)
+class GradientInputs:
+    """What a gradient combination sees of one step; the same on every rank.
+
+    Attributes:
+        gram: [K, K] float, G_ij = <g_i, g_j> over all parameters, symmetric.
+        step: the number of the step, from which seeded orders are drawn.
+        losses: [K] float, the losses themselves, each above its lower bound; for FAMO.
+        famo: FAMO's state; None before the first step.
+    Raises:
+        ValueError: `gram` isn't square or symmetric or has a negative diagonal, or `losses` isn't [K].
+        NonFiniteError: an entry is NaN or infinite; names the objective.
+    """
+
+    gram: Tensor
+    step: int = 0
+    losses: Tensor | None = None
+    famo: FAMOState | None = None
+
+    def __post_init__(self) -> None:
+        gram = self.gram
+        if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
+            raise ValueError(f"gram must be [objectives, objectives], at least 1, got {list(gram.shape)}")
+        _require_finite_gram(gram)
+        gram = gram.detach().to("cpu", torch.float64)
+        norms = gram.diagonal().clamp_min(0).sqrt()
+        if bool((gram.diagonal() < 0).any()):
+            raise ValueError(f"gram must have squared norms on its diagonal, got {float(gram.diagonal().min())}")
+        if bool(((gram - gram.T).abs() > 1e-6 * torch.outer(norms, norms)).any()):
+            raise ValueError("gram must be symmetric: gram[i, j] and gram[j, i] differ by more than rounding")
+        object.__setattr__(self, "gram", (gram + gram.T) / 2)
+        if self.losses is not None and self.losses.shape != gram.shape[:1]:
+            raise ValueError(f"losses must be [{len(gram)}], one an objective, got {list(self.losses.shape)}")
+
+
+def gram_matrix(
+    gradients: Sequence[Sequence[Tensor]],
+    *,
+    group: dist.ProcessGroup | None = None,
+    is_replicated: Sequence[bool] | None = None,
+    block: int = BLOCK,
+) -> Tensor:
+    """Inner products of the gradients of K losses, over all parameters and all ranks.
+
+    Extra memory is K · `block` float64 numbers. Called by every rank of `group` at the same point of the step, with the
+    same K; a rank that isn't there is found by the group's own timeout. All ranks return the same bits, and all of them
+    raise if any holds a NaN.
+
+    Args:
+        gradients: K sequences of tensors: this rank's shard of each objective's gradient, the same tensors in the same
+            order in all K. A rank without any passes an empty tensor on its device.
+        group: the ranks over which the gradients are split, to sum over; None where this rank holds them whole.
+        is_replicated: for each tensor, True where every rank of `group` holds the same whole tensor rather than a shard
+            of its own, so that it counts once. None for all shards.
+        block: entries converted at a time.
+    Returns:
+        [K, K] float64 on the CPU, symmetric.
+    Raises:
+        ValueError: no objectives, or their tensors differ in number or shape.
+        NonFiniteError: a gradient holds NaN or an infinity, or its square overflows; names the objective.
+    """
+    _check_shards(gradients, is_replicated)
+    first = gradients[0]
+    device = first[0].device if first else torch.device("cpu")
+    gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=device)
+    counts_replicas = group is None or dist.get_rank(group) == 0
+    for index, tensor in enumerate(first):
+        if is_replicated is not None and is_replicated[index] and not counts_replicas:
+            continue
+        flat = [objective[index].detach().reshape(-1) for objective in gradients]
+        for start in range(0, tensor.numel(), block):
+            piece = torch.stack([each[start : start + block].to(torch.float64) for each in flat])
+            gram.addmm_(piece, piece.T)
+    if group is not None:
+        dist.all_reduce(gram, group=group)
+    gram = gram.cpu()
+    _require_finite_gram(gram)
+    return (gram + gram.T) / 2
+
+
+def combine(gradients: Sequence[Sequence[Tensor]], weights: Tensor) -> Sequence[Tensor]:
+    """Σ_k w_k g_k, written over the first objective's gradient.
+
+    Args:
+        gradients: K sequences of tensors, as for :func:`gram_matrix`. The first is overwritten.
+        weights: [K] float.
+    Returns:
+        The first sequence. Tensors narrower than float32 are summed in float32 and rounded once.
+    Raises:
+        ValueError: the number of weights isn't K, or the tensors differ in number or shape.
+        NonFiniteError: a weight is NaN or infinite.
+    """
+    _check_shards(gradients, None)
+    if weights.shape != (len(gradients),):
+        raise ValueError(f"weights must be [{len(gradients)}], one an objective, got {list(weights.shape)}")
+    require_finite("the weight", weights, index_name="objective")
+    factors = weights.tolist()
+    with torch.no_grad():
+        for index, target in enumerate(gradients[0]):
+            is_narrow = target.dtype in (torch.bfloat16, torch.float16)
+            total = target.float() if is_narrow else target
+            total.mul_(factors[0])
+            for factor, objective in zip(factors[1:], gradients[1:], strict=True):
+                total.add_(objective[index].to(total.dtype), alpha=factor)
+            if is_narrow:
+                target.copy_(total)
+    return gradients[0]
+
+
+def gradient_weights(name: str, inputs: GradientInputs, options: Mapping[str, Any] | None = None) -> Tensor:
+    """Weights by the gradient combination called `name`.
+
+    Args:
+        name: a registered gradient combination.
+        inputs: what it sees of the step.
+        options: its switches.
+    Returns:
+        [K] float64 on the CPU, finite.
+    Raises:
+        RegistryError: no such combination, or no such switch.
+        NonFiniteError: a loss or a weight is NaN or infinite; names the objective.
+    """
+    combination = GRADIENT_COMBINATIONS.get(name)
+    weights = combination.function(inputs, combination.read_options(options or {}, "algorithm.gradient_options"))
+    require_finite(f"the weight by {name!r}", weights, index_name="objective")
+    return weights
+
+
+class MGDAOptions(Options):
+    """Switches of MGDA."""
+
+    normalise: bool = Field(
+        False,
+        description="Find the point among the gradients scaled to length 1, so that the smallest doesn't dominate.",
+    )
+    zero_gradient: Literal["ignore", "stop"] = Field(
+        "ignore",
+        description="What a gradient of exactly zero does: nothing, or hold the step at zero as the definition has it.",
+    )
+
+
+@method(
+    GRADIENT_COMBINATIONS,
+    "mgda",
+    options=MGDAOptions,
+    formula="w = argmin |Σ w_k g_k|² over the simplex",
+    source="Désidéri, Multiple-gradient descent algorithm, 2012; Sener and Koltun, arXiv 1810.04650, section 3",
+    use_when="Every objective must improve on every step, and the pace may be that of the smallest gradient.",
+)
+def mgda(inputs: GradientInputs, options: MGDAOptions) -> Tensor:
+    """The shortest convex combination d of the gradients: <g_k, d> ≥ |d|² for all k, and d = 0 where no step improves
+    all (MGDA; Désidéri, 2012; arXiv 1810.04650, section 3).
+
+    Solved by an active-set method to rounding, where that paper's Algorithm 2 stops Frank-Wolfe early. Its code, given
+    normalised gradients, applies the weights to the raw ones, which points elsewhere; here the combination keeps the
+    direction of the one that was found, and its weights still sum to 1.
+
+    Args:
+        inputs: `gram`.
+        options: switches.
+    Returns:
+        [K] float64, not negative, summing to 1; all zero where every gradient is.
+    """
+    alive, norms, cosines = _directions(inputs.gram)
+    if options.zero_gradient == "stop" and len(alive) < len(inputs.gram):
+        is_zero = torch.ones(len(inputs.gram), dtype=torch.float64).index_fill_(0, alive, 0.0)
+        return is_zero / is_zero.sum()
+    if len(alive) == 0:
+        return torch.zeros(len(inputs.gram), dtype=torch.float64)
+    inverse_norms = norms.min() / norms
+    constraint = torch.ones_like(norms) if options.normalise else inverse_norms
+    weights = nearest_point(cosines, constraint) * inverse_norms
+    return _spread(weights / weights.sum(), alive, len(inputs.gram))
+
+
+class PCGradOptions(Options):
+    """Switches of PCGrad."""
+
+    seed: int = Field(0, ge=0, lt=2**31, description="Of the orders in which conflicts are projected away.")
+    reduction: Literal["sum", "mean"] = Field(
+        "sum", description="Whether the projected gradients are added up, as in the paper, or averaged."
+    )
+
+
+@method(
+    GRADIENT_COMBINATIONS,
+    "pcgrad",
+    options=PCGradOptions,
+    formula="Σ_i g̃_i; for j ≠ i in random order: g̃_i ← g̃_i − min(0, <g̃_i, g_j>) / |g_j|² · g_j",
+    source="Yu et al., Gradient Surgery for Multi-Task Learning, arXiv 2001.06782, Algorithm 1",
+    use_when="Objectives conflict on some steps only, and the plain sum is right on the others.",
+)
+def pcgrad(inputs: GradientInputs, options: PCGradOptions) -> Tensor:
+    """Each gradient loses its component against every other that it conflicts with, one after another in random order,
+    then all are added (PCGrad, arXiv 2001.06782, Algorithm 1).
+
+    The projected gradients are kept as coefficients over the g_k, so that the Gram matrix suffices. The orders follow
+    from `options.seed` and `inputs.step` alone: every rank and every resumed run draws the same.
+
+    Args:
+        inputs: `gram` and `step`.
+        options: switches.
+    Returns:
+        [K] float64, at least 1 each (1 / K for "mean") unless gradients were projected from one that was projected
+        itself. 1 for a single objective.
+    """
+    gram = inputs.gram
+    generator = torch.Generator().manual_seed((options.seed << 32) + inputs.step)
+    orders = torch.stack([torch.randperm(len(gram), generator=generator) for _ in range(len(gram))])
+    coefficients = project_conflicts(gram, orders)
+    return coefficients.sum(0) if options.reduction == "sum" else coefficients.mean(0)
+
+
+def project_conflicts(gram: Tensor, orders: Tensor) -> Tensor:
+    """PCGrad's projected gradients for given orders.
+
+    Args:
+        gram: [K, K] float64.
+        orders: [K, K] int64; row i is the order in which the others are taken for gradient i (i itself is passed over).
+    Returns:
+        [K, K] float64; row i holds the coefficients of the i-th projected gradient over the g_k.
+    """
+    count = len(gram)
+    rows = torch.arange(count)
+    coefficients = torch.eye(count, dtype=gram.dtype)
+    squared_norms = gram.diagonal()
+    for others in orders.T:
+        products = (coefficients * gram[others]).sum(1)
+        is_conflict = (products < 0) & (others != rows) & (squared_norms[others] > 0)
+        removed = torch.where(is_conflict, products / squared_norms[others].clamp_min(1e-300), 0.0)
+        coefficients[rows, others] -= removed
+    return coefficients
+
+
+class CAGradOptions(Options):
+    """Switches of CAGrad."""
+
+    c: float = Field(
+        0.4, ge=0, lt=1, description="How far the step may be from the mean gradient, as a share of its length."
+    )
+    rescale: bool = Field(False, description="Divide by 1 + c², as the authors' code does.")
+
+
+@method(
+    GRADIENT_COMBINATIONS,
+    "cagrad",
+    options=CAGradOptions,
+    formula="d = argmax min_k <g_k, d> with |d − g₀| ≤ c |g₀|, g₀ = Σ g_k / K",
+    source="Liu et al., Conflict-Averse Gradient Descent, arXiv 2110.14048, Algorithm 1",
+    use_when="The mean of the objectives is the aim, but the one that gains least should gain more on the way.",
+)
+def cagrad(inputs: GradientInputs, options: CAGradOptions) -> Tensor:
+    """The step within c |g₀| of the mean gradient g₀ whose worst objective improves most (CAGrad, arXiv 2110.14048,
+    Algorithm 1): d = g₀ + c |g₀| g_w / |g_w| with w = argmin <g_w, g₀> + c |g₀| |g_w| over the simplex.
+
+    The dual is solved to a certified gap of about 1e-10, where the authors' code runs a general optimiser. Where g_w
+    vanishes the paper's formula is 0 / 0, and the limit of a softened length is taken: a best step all the same. A
+    zero gradient counts in g₀ and not in the worst.
+
+    Args:
+        inputs: `gram`.
+        options: switches.
+    Returns:
+        [K] float64, positive; 1 / K each for c = 0 and where the mean gradient is zero; 1 + c for a single objective.
+    """
+    gram, count = inputs.gram, len(inputs.gram)
+    mean = torch.full((count,), 1.0 / count, dtype=torch.float64)
+    alive, norms, cosines = _directions(gram)
+    length = (mean @ gram @ mean).clamp_min(0).sqrt()
+    # Below this the mean gradient is what rounding left of gradients that cancel.
+    if options.c == 0 or len(alive) == 0 or length <= 1e-8 * norms.max() / count:
+        return mean
+    toward = ((gram @ mean)[alive] / (norms * length)).clamp(-1, 1)
+    u, softened = fairest_step(cosines, norms.min() / norms, toward, options.c)
+    weights = mean + _spread(options.c * length * u / (norms * softened), alive, count)
+    return weights / (1 + options.c**2) if options.rescale else weights
+
+
+@method(
+    GRADIENT_COMBINATIONS,
+    "nash_mtl",
+    formula="w > 0 with G w = 1 / w",
+    source="Navon et al., Multi-Task Learning as a Bargaining Game, arXiv 2202.01017, Algorithm 1",
+    use_when="Objectives differ in scale and each should gain in proportion; the step's length is then always √K.",
+)
+def nash_mtl(inputs: GradientInputs, options: Options) -> Tensor:
+    """The bargaining solution: the direction d that maximises Σ log <g_k, d>, where G w = 1 / w entry by entry
+    (Nash-MTL, arXiv 2202.01017, Algorithm 1).
+
+    Solved by Newton's method on ½ wᵀGw − Σ log w_k, whose minimum it is, where the authors' code iterates convex
+    programs and may stop short. |d|² = wᵀGw = K: the step's length says nothing about the gradients'. Scaling a
+    gradient changes its weight and not d.
+
+    Args:
+        inputs: `gram`.
+        options: none.
+    Returns:
+        [K] float64, positive; 0 for a zero gradient; all zero (stay) where the others are Pareto-stationary: 0 in the
+        convex hull of the unit gradients, where there is no solution.
+    """
+    alive, norms, cosines = _directions(inputs.gram)
+    if len(alive) == 0:
+        return torch.zeros(len(inputs.gram), dtype=torch.float64)
+    return _spread(bargaining_point(cosines) / norms, alive, len(inputs.gram))
+
+
+@method(
+    GRADIENT_COMBINATIONS,
+    "imtl_g",
+    formula="Σ w_k = 1 with <d, g_k> / |g_k| equal for all k",
+    source="Liu et al., Towards Impartial Multi-task Learning, ICLR 2021, gradient balance (IMTL-G)",
+    use_when="All objectives should gain alike for the length of their gradients, whatever their scale.",
+)
+def imtl_g(inputs: GradientInputs, options: Options) -> Tensor:
+    """The combination whose projections onto all unit gradients are equal (IMTL-G; Liu et al., Towards Impartial
+    Multi-task Learning, ICLR 2021): with C u = 1 over the cosines C, w_k = u_k / |g_k|, scaled to Σ w_k = 1.
+
+    Weights can be negative for three objectives and more. Where their sum is, the paper's Σ w_k = 1 would turn the
+    direction round, to worsen every objective; here their sum is then -1 and the direction improves all. Its formula
+    also divides by that sum when it vanishes: here by no less than 1e-6 of Σ |w_k|.
+
+    Args:
+        inputs: `gram`.
+        options: none.
+    Returns:
+        [K] float64; 0 for a zero gradient; all zero (stay) where the only combination with equal projections is zero,
+        as for opposed gradients.
+    """
+    alive, norms, cosines = _directions(inputs.gram)
+    if len(alive) == 0:
+        return torch.zeros(len(inputs.gram), dtype=torch.float64)
+    weights = equal_projections(cosines) * (norms.min() / norms)
+    scale = torch.maximum(weights.sum().abs(), 1e-6 * weights.abs().sum())
+    return _spread(weights / scale if scale > 0 else weights, alive, len(inputs.gram))
+
+
+class FAMOOptions(Options):
+    """Switches of FAMO."""
+
+    rate: float = Field(0.025, gt=0, description="Step size β of the logits.")
+    decay: float = Field(0.001, ge=0, description="Pull γ of the logits towards equal shares.")
+    lower_bound: float = Field(
+        0.0, description="What no loss can be below; FAMO works on the losses' distance from it."
+    )
+
+
+LOSS_FLOOR = 1e-8
+"""The least distance from its lower bound that FAMO credits a loss with, so that its logarithm is finite."""
+
+
+@method(
+    GRADIENT_COMBINATIONS,
+    "famo",
+    options=FAMOOptions,
+    formula="w_k ∝ z_k / ℓ_k, z = softmax(ξ); ξ ← ξ − β (Jᵀ(log ℓ_t − log ℓ_{t+1}) + γ ξ)",
+    source="Liu et al., FAMO: Fast Adaptive Multitask Optimization, arXiv 2306.03792, Algorithm 1",
+    use_when="Losses have known lower bounds and one backward pass for all objectives must do.",
+)
+def famo(inputs: GradientInputs, options: FAMOOptions) -> Tensor:
+    """FAMO's weights before a step; see :func:`famo_weights`, and :func:`famo_update` for after it.
+
+    Args:
+        inputs: `losses`, and `famo`, the state.
+        options: switches.
+    Returns:
+        [K] float64, positive, summing to 1. The Gram matrix plays no part.
+    Raises:
+        ValueError: there are no losses, or one is below its bound.
+    """
+    if inputs.losses is None:
+        raise ValueError("gradient combination 'famo' weighs by the losses themselves: pass inputs.losses [K]")
+    return famo_weights(inputs.losses, inputs.famo or FAMOState.initial(len(inputs.losses)), options)
+
+
+def famo_weights(losses: Tensor, state: FAMOState, options: FAMOOptions) -> Tensor:
+    """Shares z = softmax(ξ) of the decrease of log-losses, as weights of the losses: w_k = (z_k / ℓ_k) / Σ_i z_i / ℓ_i
+    (FAMO, arXiv 2306.03792, Algorithm 1). One backward pass through Σ w_k ℓ_k gives the combination.
+
+    Args:
+        losses: [K] float, each at least `options.lower_bound`. Of a policy, something that falls to the bound as it
+            gets better: the best possible reward less the mean one, not the surrogate whose gradient is taken.
+        state: the logits.
+        options: switches.
+    Returns:
+        [K] float64, positive, summing to 1.
+    Raises:
+        ValueError: a loss is below its bound, or the state is of another number of objectives.
+        NonFiniteError: a loss is NaN or infinite; names the objective.
+    """
+    distance = _above_bound(losses, state, options)
+    shares = torch.tensor(state.logits, dtype=torch.float64).softmax(0) / distance
+    return shares / shares.sum()
+
+
+def famo_update(state: FAMOState, losses_before: Tensor, losses_after: Tensor, options: FAMOOptions) -> FAMOState:
+    """The logits after a step: ξ ← ξ − β (δ + γ ξ), δ = Jᵀ(log ℓ_t − log ℓ_{t+1}), J the Jacobian of the softmax at ξ
+    (FAMO, arXiv 2306.03792, Algorithm 1). An objective whose log-loss fell less than the share-weighted mean gains.
+
+    This is the paper's plain step; the authors' code passes δ through Adam, which keeps its sign and not its size.
+
+    Args:
+        state: the logits before.
+        losses_before, losses_after: [K] float, on the same samples before and after the parameters moved. Batch means
+            of one step and the next stand in where a second evaluation costs too much, with the batches' noise.
+        options: switches.
+    Returns:
+        The new state.
+    Raises:
+        ValueError: a loss is below its bound, or the sizes differ.
+        NonFiniteError: a loss is NaN or infinite; names the objective.
+    """
+    fall = _above_bound(losses_before, state, options).log() - _above_bound(losses_after, state, options).log()
+    logits = torch.tensor(state.logits, dtype=torch.float64)
+    shares = logits.softmax(0)
+    change = shares * (fall - shares @ fall)
+    return FAMOState(tuple((logits - options.rate * (change + options.decay * logits)).tolist()))
+
+
+def _above_bound(losses: Tensor, state: FAMOState, options: FAMOOptions) -> Tensor:
+    if losses.shape != (len(state.logits),):
+        raise ValueError(f"losses must be [{len(state.logits)}], as FAMO's state is, got {list(losses.shape)}")
+    require_finite("the loss", losses, index_name="objective")
+    distance = losses.detach().to("cpu", torch.float64) - options.lower_bound
+    if bool((distance < 0).any()):
+        lowest = int(distance.argmin())
+        raise ValueError(
+            f"the loss of objective {lowest} is {float(losses[lowest]):g}, below algorithm.gradient_options.lower_bound"
+            f" = {options.lower_bound:g}. FAMO takes its logarithm above that bound: lower the bound."
+        )
+    return distance.clamp_min(LOSS_FLOOR)
+
+
+def _directions(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the gradients that aren't zero [M], their norms [M] and the cosines between them [M, M]."""
+    alive = (gram.diagonal() > 0).nonzero().squeeze(1)
+    norms = gram.diagonal()[alive].sqrt()
+    # Divided one after the other: the product of two small norms could underflow.
+    cosines = (gram[alive][:, alive] / norms[:, None] / norms[None, :]).clamp(-1, 1)
+    return alive, norms, cosines.fill_diagonal_(1.0)
+
+
+def _spread(values: Tensor, places: Tensor, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.float64).index_copy_(0, places, values)
+
+
+def _require_finite_gram(gram: Tensor) -> None:
+    # An objective that is finite itself has NaN beside one that isn't, so the diagonal says whose fault it is.
+    require_finite("the squared norm of the gradient", gram.diagonal(), index_name="objective")
+    require_finite("the inner product of the gradients", gram, index_name="objectives")
+
+
+def _check_shards(gradients: Sequence[Sequence[Tensor]], is_replicated: Sequence[bool] | None) -> None:
+    if not gradients:
+        raise ValueError("gradients must hold at least one objective, got none")
+    shapes = [tensor.shape for tensor in gradients[0]]
+    for index, objective in enumerate(gradients):
+        if [tensor.shape for tensor in objective] != shapes:
+            raise ValueError(
+                f"gradients of objective {index} must have the tensors of objective 0, {[list(s) for s in shapes]}, "
+                f"got {[list(tensor.shape) for tensor in objective]}"
+            )
+    if is_replicated is not None and len(is_replicated) != len(shapes):
+        raise ValueError(f"is_replicated must have {len(shapes)} entries, one a tensor, got {len(is_replicated)}")
