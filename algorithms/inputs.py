@@ -23,13 +23,13 @@ class AdvantageInputs:
         components: [samples, components] float64, rewards by component; anything where `is_present` is False.
         is_present: [samples, components] bool, whether the sample has the component.
         component_weights: [components] float64.
-        component_names: the components' names, in the order of their columns.
-        answers: [samples] int64, equal within a group where two samples give the same final answer; below 0 for a
-            sample without one, which agrees with no other.
         greedy_rewards: [samples] float64, the reward of the greedy completion of each sample's prompt.
         values: [tokens] float64, a critic's value before each token.
         log_probs: [tokens] float64, nats, of the policy that is trained, at the start of the update.
         collision: [tokens] float64, sum over the vocabulary of its squared probabilities at each token.
+        component_names: the components' names, in the order of their columns.
+        answers: [samples] int64, equal within a group where two samples give the same final answer; below 0 for a
+            sample without one, which agrees with no other.
     """
 
     rewards: Tensor
