@@ -15,9 +15,10 @@ from algorithms.aggregation import Denominators, token_weights
 from algorithms.config import AlgorithmConfig
 from algorithms.correction import Correction, effective_sample_share, importance_correction
 from algorithms.finite import require_finite
+from algorithms.inputs import LossInputs, TokenLoss
 from algorithms.kl import kl_estimate
 from algorithms.losses import ratio_of
-from algorithms.registry import POLICY_LOSSES, LossInputs, PolicyLoss, TokenLoss
+from algorithms.registry import POLICY_LOSSES, PolicyLoss
 
 __all__ = ["Denominators", "ObjectiveMetrics", "TokenBatch", "finish_metrics", "objective"]
 
@@ -33,6 +34,7 @@ class TokenBatch:
         proximal_log_probs: [B, T] float, nats, the trainer's own at the start of the update; None takes the detached
             current ones.
         reference_log_probs: [B, T] float, nats; None where no reference model takes part.
+        marks: [B, T] float, what the loss's `prepare` made of the whole optimiser batch; None where it has none.
     """
 
     mask: Tensor
@@ -40,6 +42,7 @@ class TokenBatch:
     behaviour_log_probs: Tensor
     proximal_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
+    marks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def objective(
     current = _inside("log_probs", log_probs, mask)
     entry = POLICY_LOSSES.get(config.loss)
     inputs = _loss_inputs(current, batch, entry)
-    token_loss = entry.function(inputs, config)
+    token_loss = entry.function(inputs, entry.read_options(config.loss_options, "algorithm.loss_options"))
     correction = importance_correction(inputs.proximal_log_probs, inputs.behaviour_log_probs, mask, config.correction)
     weights = token_weights(mask, config, denominators, current)
 
@@ -137,7 +140,8 @@ def _loss_inputs(current: Tensor, batch: TokenBatch, entry: PolicyLoss) -> LossI
         return LossInputs(current, proximal, proximal, torch.zeros_like(proximal), mask)
     behaviour = _inside("behaviour_log_probs", batch.behaviour_log_probs, mask, current)
     advantages = _inside("advantages", batch.advantages, mask, current)
-    return LossInputs(current, proximal, behaviour, advantages, mask)
+    marks = None if batch.marks is None else _inside("marks", batch.marks, mask, current)
+    return LossInputs(current, proximal, behaviour, advantages, mask, marks)
 
 
 def _inside(name: str, values: Tensor, mask: Tensor, like: Tensor | None = None) -> Tensor:

@@ -13,12 +13,19 @@ from torch import Tensor
 from algorithms.aggregation import count
 from algorithms.config import AlgorithmConfig
 from algorithms.finite import NonFiniteError
+from algorithms.inputs import LossInputs, TokenLoss
 from algorithms.objective import Denominators, ObjectiveMetrics, TokenBatch, finish_metrics, objective
-from algorithms.registry import POLICY_LOSSES, LossInputs, RegistryError, TokenLoss, policy_loss
+from algorithms.registry import POLICY_LOSSES, Options, RegistryError, policy_loss
 
 LOSSES = ("clip", "reinforce", "nll")
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum")
 METHODS = ("none", "token_truncated", "sequence_truncated", "token_masked")
+BOUNDS = {
+    "none": {},
+    "token_truncated": {"high": 1.5},
+    "sequence_truncated": {"high": 1.5},
+    "token_masked": {"low": 0.6, "high": 1.5},
+}
 KL_COEFFICIENT = 0.3
 
 
@@ -29,7 +36,7 @@ def settings_of(
         {
             "loss": loss,
             "aggregation": aggregation,
-            "correction": {"method": method, "high": 1.5, "low": 0.6},
+            "correction": {"method": method, "options": BOUNDS[method]},
             "kl": {"coefficient": KL_COEFFICIENT, "estimator": "k3"},
             "entropy_coefficient": 0.1,
         }
@@ -89,13 +96,13 @@ def written_out(log_probs: Tensor, entropy: Tensor, batch: TokenBatch, config: A
             log_prob, advantage = float(log_probs[i, t]), float(batch.advantages[i, t])
             ratio = math.exp(log_prob - float(batch.proximal_log_probs[i, t]))
             if config.loss == "clip":
-                bounded = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
+                bounded = min(max(ratio, 0.8), 1.2)
                 value = -min(ratio * advantage, bounded * advantage)
             else:
                 value = -log_prob * (advantage if config.loss == "reinforce" else 1.0)
             weight = 1.0
             if config.loss != "nll":
-                low, high = config.correction.low, config.correction.high
+                low, high = 0.6, 1.5
                 own = math.exp(gaps[t])
                 weight = {
                     "none": 1.0,
@@ -158,7 +165,7 @@ def test_whatever_stands_outside_the_mask_changes_nothing(loss: str, garbage: fl
     config = settings_of(loss, "sequence_mean", "sequence_truncated")
     log_probs, entropy, batch = random_batch(4)
     denominators = Denominators(*count(batch.mask))
-    dirty = {f.name: getattr(batch, f.name).masked_fill(~batch.mask, garbage) for f in dataclasses.fields(batch)[1:]}
+    dirty = {f.name: getattr(batch, f.name).masked_fill(~batch.mask, garbage) for f in dataclasses.fields(batch)[1:5]}
     clean_loss, clean_gradient, clean = run(log_probs, entropy, batch, config, denominators)
     loss_value, gradient, metrics = run(
         log_probs.detach().masked_fill(~batch.mask, garbage),
@@ -177,7 +184,7 @@ def test_longer_padding_changes_nothing() -> None:
     log_probs, entropy, batch = random_batch(5)
     config, denominators = settings_of(), Denominators(*count(batch.mask))
     pad = torch.nn.functional.pad
-    wide = TokenBatch(*(pad(getattr(batch, f.name), (0, 3)) for f in dataclasses.fields(batch)))
+    wide = TokenBatch(*(pad(getattr(batch, f.name), (0, 3)) for f in dataclasses.fields(batch)[:5]))
     loss, gradient, _ = run(log_probs, entropy, batch, config, denominators)
     wide_loss, wide_gradient, _ = run(pad(log_probs.detach(), (0, 3)), pad(entropy, (0, 3)), wide, config, denominators)
     assert wide_loss == pytest.approx(loss, abs=1e-15)
@@ -224,7 +231,7 @@ def test_metrics_are_those_worked_by_hand() -> None:
     proximal = behaviour + torch.tensor([[2.0, 0.5, 1.0]]).log()
     log_probs = proximal + torch.tensor([[1.5, 0.5, 1.0]]).log()
     batch = TokenBatch(mask, torch.tensor([[1.0, -3.0, 9.0]]), behaviour, proximal)
-    config = AlgorithmConfig.model_validate({"correction": {"method": "token_truncated", "high": 1.5}})
+    config = AlgorithmConfig.model_validate({"correction": {"method": "token_truncated", "options": {"high": 1.5}}})
     _, metrics = objective(log_probs, None, batch, config, Denominators(2, 1), 0.0)
     found = finish_metrics(
         {name: float(value) for name, value in metrics.sums.items()},
@@ -317,7 +324,7 @@ def test_a_users_own_loss_is_used_by_name() -> None:
     if "squared_for_this_test" not in POLICY_LOSSES:
 
         @policy_loss("squared_for_this_test")
-        def squared(inputs: LossInputs, config: AlgorithmConfig) -> TokenLoss:
+        def squared(inputs: LossInputs, options: Options) -> TokenLoss:
             return TokenLoss(inputs.log_probs.square())
 
     log_probs = torch.tensor([[-2.0, -4.0]])
