@@ -104,6 +104,11 @@ class AnswerLogProbs:
                     f"{name}.{field} has the shape {list(values.shape)}; with {answers} {index_name}s it should be "
                     f"[{answers}]"
                 )
+        if self.policy.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name}.policy is {self.policy.dtype}, too coarse for long sums: add the tokens' "
+                "log-probabilities up in float32"
+            )
         require_finite(f"the policy's log-probability ({name})", self.policy, index_name=index_name)
         if self.reference is not None:
             require_finite(f"the reference's log-probability ({name})", self.reference, index_name=index_name)
