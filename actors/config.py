@@ -93,6 +93,19 @@ class ReferenceConfig(BaseModel):
     threads: int = Field(1, ge=1, description="Torch threads on CPU.")
 
 
+class CriticConfig(BaseModel):
+    """The critic of estimators that need values (gae); trained like the policy, with its `trainer` settings."""
+
+    model_config = STRICT
+
+    path: Path | None = Field(None, description="Folder its body starts from; by default the policy's.")
+    learning_rate: float = Field(1e-5, gt=0.0, description="Peak learning rate.")
+    clip: float | None = Field(
+        0.2, gt=0.0, description="Keep a new value within this of the old one in the loss; null for no bound."
+    )
+    warmup_steps: int = Field(0, ge=0, description="First training steps in which the critic alone learns.")
+
+
 class WeightsConfig(BaseModel):
     """How a new policy version reaches the generators."""
 

@@ -1,108 +1,48 @@
-"""One rank of the policy trainer: from samples to changed weights. No Ray here: `actors/policy.py` is the shell.
-
-The loss is a sum over the whole optimiser batch with global denominators, so that neither the number of ranks, nor
-micro-batches, nor ZeRO change the result. Every rank sees all samples and plans the same split; media are processed
-only where they are trained on.
-"""
+"""One rank of the policy trainer: from samples to changed weights. No Ray here: `actors/policy.py` is the shell."""
 
 from __future__ import annotations
 
-import logging
-import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
-from actors.batches import (
-    TOKEN_FEATURES,
-    ModelBatch,
-    check_samples,
-    expand_prompts,
-    model_batch,
-    token_matrix,
-)
-from actors.calls import PEER_REFUSED
-from actors.engine import Engine, Place, join
+from actors.batches import check_samples, token_matrix
+from actors.engine import Place
+from actors.learner import Learner, MicroBatch, Part, Plan, UnusableOutputError, merged_reports
 from actors.model import completion_log_probs, freeze, load_model
-from actors.schedule import learning_rate
-from actors.shared_prompts import LINEAR_COST, can_share_prompts, model_width
+from algorithms import choices  # noqa: F401  registers the built-in methods
 from algorithms.finite import NonFiniteError
-from algorithms.objective import Denominators, ObjectiveMetrics, TokenBatch, finish_metrics, objective
-from rollout.balance import (
-    micro_batches,
-    padding_share,
-    row_lengths,
-    rows_of_prompts,
-    split_evenly,
-    split_over_ranks,
-)
-from rollout.encoding import ExpandedPrompt, PromptEncoder
-from rollout.failures import Failure, FailureError, FailureKind
-from rollout.media import MediaStore
-from rollout.prompts import Message, Prompt, TextPart
+from algorithms.inputs import BatchTokens
+from algorithms.objective import Denominators, TokenBatch, objective
+from algorithms.registry import POLICY_LOSSES
+from rollout.balance import split_evenly
 from rollout.samples import TrainingSample
+from rollout.user_code import import_modules
 
 if TYPE_CHECKING:
     from actors.policy import PolicySpec
 
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
-STATE_TAG = "state"
 
+class PolicyTrainer(Learner):
+    """The policy under training on one rank."""
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What one rank does with one optimiser batch.
-
-    Attributes:
-        samples: the whole batch.
-        groups: this rank's micro-batches: rows of indices into it; the samples of a row share its prompt.
-        rounds: micro-batches of the rank that has most; the others run fillers, so that collectives match.
-        prompts: expanded prompts of this rank's samples, by index.
-        padding_share: of all ranks' padded tokens.
-    """
-
-    samples: list[TrainingSample]
-    groups: list[list[list[int]]]
-    rounds: int
-    prompts: dict[int, ExpandedPrompt]
-    padding_share: float
-
-
-class RankTrainer:
-    """The model under training on one rank."""
+    spec: PolicySpec
 
     def __init__(self, spec: PolicySpec, place: Place, store: distributed.Store | None = None) -> None:
-        self.spec = spec
-        self.place = place
-        self.applied_steps = 0
-        torch.set_num_threads(spec.trainer.threads)
-        torch.manual_seed(spec.seed + place.rank)
-        join(place, store, spec.deadlines.collective_s)
-        self.encoder = PromptEncoder.from_pretrained(
-            spec.model.path, MediaStore(spec.media_folder), spec.model.trust_remote_code
-        )
-        module = load_model(spec.model)
-        freeze(module, spec.model.freeze)
-        if spec.trainer.gradient_checkpointing:
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.engine = Engine(module, spec.trainer, spec.model.precision, place)
-        self._shares_prompts = can_share_prompts(module)
-        self._filler = self.encoder.filler()
-        self._token_features = TOKEN_FEATURES & set(self._filler.features)
-        self._pad_token_id = self.encoder.tokenizer.pad_token_id or 0
+        import_modules(spec.algorithm.modules)
+        super().__init__(spec, place, store)
 
-    @property
-    def module(self) -> Any:
-        """The Hugging Face model; its parameters are sharded under ZeRO-3."""
-        return self.engine.module
+    def _load_module(self) -> Any:
+        module = load_model(self.spec.model)
+        freeze(module, self.spec.model.freeze)
+        return module
 
     def update(self, samples: list[TrainingSample], kl_coefficient: float) -> dict[str, float]:
         """One training step: `updates_per_step` optimiser steps over consecutive parts of the samples.
@@ -124,10 +64,10 @@ class RankTrainer:
         if len(plans) > 1 and samples[0].proximal_log_probs is None:
             plans = [self._with_proximal(plan) for plan in plans]
         self.module.train()
-        reports = [report for plan in plans if (report := self._optimise(plan, kl_coefficient)) is not None]
+        reports = [report for plan in plans if (report := self._learn(plan, kl_coefficient)) is not None]
         seconds = time.perf_counter() - started
         tokens = sum(sample.total_tokens for sample in samples)
-        metrics = _merged(reports) | {
+        metrics = merged_reports(reports) | {
             "learning_rate": self._learning_rate(max(0, self.applied_steps - 1)),
             "tokens": float(tokens),
             "trained_tokens": float(sum(int(sample.loss_mask.sum()) for sample in samples)),
@@ -148,37 +88,16 @@ class RankTrainer:
         check_samples(samples, self.encoder.banned_token_ids)
         return self._log_probs(self._agreed(lambda: self._plan(samples)))
 
-    def save(self, folder: Path) -> None:
-        """Write everything the next update depends on, for :meth:`load`; all ranks write into the same folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.engine.engine.save_checkpoint(
-            str(folder), tag=STATE_TAG, client_state={"applied_steps": self.applied_steps}, save_latest=False
-        )
-        torch.save(_random_states(self.place), folder / f"random_{self.place.rank}.pt")
+    def log_probs_and_collision(self, samples: list[TrainingSample]) -> dict[int, NDArray[np.float32]]:
+        """The same and, as a second row, the sum of squared probabilities at each token: [2, tokens] float32 each."""
+        check_samples(samples, self.encoder.banned_token_ids)
 
-    def load(self, folder: Path) -> None:
-        """Continue from :meth:`save`, with the same number of ranks and ZeRO stage.
+        def forward(micro_batch: MicroBatch) -> Tensor:
+            outcome = self._completion_log_probs(micro_batch, with_collision=True)
+            assert outcome.collision is not None
+            return torch.stack([outcome.log_probs, outcome.collision])
 
-        Raises:
-            FailureError: `checkpoint_unreadable`.
-        """
-        random_file = folder / f"random_{self.place.rank}.pt"
-        if not random_file.exists():
-            raise FailureError(
-                Failure(
-                    FailureKind.DATA,
-                    "checkpoint_unreadable",
-                    f"{folder} holds no state of rank {self.place.rank} of {self.place.world_size}. "
-                    "Resume with as many trainer ranks as wrote it.",
-                )
-            )
-        path, client_state = self.engine.engine.load_checkpoint(str(folder), tag=STATE_TAG)
-        if path is None:
-            raise FailureError(
-                Failure(FailureKind.DATA, "checkpoint_unreadable", f"{folder} holds no trainer state to load.")
-            )
-        self.applied_steps = int(client_state["applied_steps"])
-        _restore_random_states(torch.load(random_file, weights_only=True), self.place)
+        return self._each_token(self._agreed(lambda: self._plan(samples)), forward)
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder with weights, processor and tokenizer; rank 0 writes, all ranks call."""
@@ -194,149 +113,66 @@ class RankTrainer:
             self.encoder.save_pretrained(folder)
         distributed.barrier()
 
-    @property
-    def _updates_per_step(self) -> int:
-        return self.spec.trainer.updates_per_step
+    def _learn(self, plan: Plan, kl_coefficient: float) -> dict[str, float] | None:
+        marks = self._marks(plan)
 
-    def _learning_rate(self, step: int) -> float:
-        trainer = self.spec.trainer
-        return learning_rate(step, self.spec.total_updates, trainer.learning_rate, trainer.schedule)
+        def loss(micro_batch: MicroBatch, denominators: Denominators) -> Part:
+            return self._loss(micro_batch, marks, denominators, kl_coefficient)
 
-    def _plan(self, samples: list[TrainingSample]) -> Plan:
-        rows, lengths = self._rows(samples)
-        shares = split_over_ranks(lengths, self.place.world_size)
-        groups = [micro_batches(lengths, share, self.spec.trainer.micro_batch_tokens) for share in shares]
-        own = [index for row in shares[self.place.rank] for index in rows[row]]
-        prompts = expand_prompts([samples[index] for index in own], self.encoder)
-        return Plan(
-            samples,
-            [[rows[row] for row in group] for group in groups[self.place.rank]],
-            rounds=max(map(len, groups)),
-            prompts=dict(zip(own, prompts, strict=True)),
-            padding_share=padding_share(lengths, [group for rank in groups for group in rank]),
-        )
-
-    def _rows(self, samples: list[TrainingSample]) -> tuple[list[list[int]], list[int]]:
-        """Rows of samples that share a prompt, and their lengths; the same on every rank."""
-        bound = self.spec.trainer.micro_batch_tokens
-        prompt_lengths = [len(sample.prompt_token_ids) for sample in samples]
-        completion_lengths = [len(sample.token_ids) for sample in samples]
-        rows = [[index] for index in range(len(samples))]
-        if self._shares_prompts:
-            # Rows are what ranks and micro-batches are made of: long ones would balance badly.
-            fair = sum(sample.total_tokens for sample in samples) // (2 * self.place.world_size)
-            rows = rows_of_prompts(
-                [sample.prompt.prompt_id for sample in samples],
-                prompt_lengths,
-                completion_lengths,
-                max_tokens=min(bound, fair),
-                token_cost=LINEAR_COST * model_width(self.module),
-            )
-        return rows, row_lengths(rows, prompt_lengths, completion_lengths)
-
-    def _agreed(self, action: Callable[[], T]) -> T:
-        """Run what may fail on one rank only, and fail on all, so that none waits for another in a collective."""
-        failure: FailureError | None = None
-        try:
-            result = action()
-        except FailureError as error:
-            failure = error
-        has_failed = torch.tensor([failure is not None], dtype=torch.int32, device=self.place.device)
-        distributed.all_reduce(has_failed, op=distributed.ReduceOp.MAX)
-        if failure is not None:
-            raise failure
-        if has_failed.item():
-            raise FailureError(Failure(FailureKind.BUG, PEER_REFUSED, "another trainer rank refused the samples"))
-        return result
-
-    def _optimise(self, plan: Plan, kl_coefficient: float) -> dict[str, float] | None:
-        """One optimiser step; its metrics, or None where it was skipped."""
-        tokens = sum(int(sample.loss_mask.sum()) for sample in plan.samples)
-        if tokens == 0:
-            logger.warning("optimiser step skipped: none of its %d samples has a trained token", len(plan.samples))
-            return None
-        denominators = Denominators(tokens, sum(bool(sample.loss_mask.any()) for sample in plan.samples))
-        parts = []
-        for turn in range(plan.rounds):
-            self.engine.begin_micro_batch(is_last=turn == plan.rounds - 1)
-            loss, metrics = self._loss(plan, turn, denominators, kl_coefficient)
-            self.engine.backward(loss)
-            if metrics is not None:
-                parts.append(metrics)
-        norm = self.engine.step(self._learning_rate(self.applied_steps))
-        report = self._reduced(parts, complete=len(parts) == plan.rounds)
-        if norm is None or report is None:
-            logger.warning("optimiser step skipped: its loss or gradient isn't finite")
-            return None
-        self.applied_steps += 1
-        return report | {"grad_norm": norm}
+        return self._optimise(plan, loss)
 
     def _loss(
-        self, plan: Plan, turn: int, denominators: Denominators, kl_coefficient: float
-    ) -> tuple[Tensor, ObjectiveMetrics | None]:
-        """A micro-batch's part of the loss. NaN, without metrics, where the model's output isn't finite."""
+        self,
+        micro_batch: MicroBatch,
+        marks: list[NDArray[np.float32]] | None,
+        denominators: Denominators,
+        kl_coefficient: float,
+    ) -> Part:
         algorithm = self.spec.algorithm
-        samples, batch = self._micro_batch(plan, turn)
-        outcome = completion_log_probs(
-            self.engine.engine,
-            batch,
-            temperature=self.spec.temperature,
-            banned_token_ids=self.encoder.banned_token_ids,
-            with_entropy=True,
-            entropy_gradient=algorithm.entropy_coefficient > 0,
+        outcome = self._completion_log_probs(
+            micro_batch, with_entropy=True, entropy_gradient=algorithm.entropy_coefficient > 0
         )
-        tokens = _token_batch(samples, batch)
+        tokens = _token_batch(micro_batch, marks)
         try:
             return objective(outcome.log_probs, outcome.entropy, tokens, algorithm, denominators, kl_coefficient)
         except NonFiniteError as error:
-            logger.warning("rank %d, micro-batch %d: %s", self.place.rank, turn, error)
-            # NaN gradients spread to every rank in the reduction, so that all skip the step together.
-            return outcome.log_probs.sum() * math.nan, None
+            raise UnusableOutputError(outcome.log_probs, error) from error
 
-    def _micro_batch(self, plan: Plan, turn: int) -> tuple[list[TrainingSample], ModelBatch]:
-        """Samples and tensors of a micro-batch: this rank's next group, or a filler of zero weight."""
-        group = plan.groups[turn] if turn < len(plan.groups) else []
-        samples = [plan.samples[index] for row in group for index in row]
-        prompts = [plan.prompts[index] for row in group for index in row]
-        rows = [number for number, row in enumerate(group) for _ in row]
-        if not group or self._lacks_media(prompts):
-            samples.append(_filler_sample(self._filler, self.encoder.stop_token_ids, like=plan.samples[0]))
-            prompts.append(self._filler)
-            rows.append(len(group))
-        batch = model_batch(
-            prompts,
-            [sample.token_ids for sample in samples],
-            pad_token_id=self._pad_token_id,
-            token_features=self._token_features,
-            rows=rows,
+    def _marks(self, plan: Plan) -> list[NDArray[np.float32]] | None:
+        """What the loss makes of the whole optimiser batch beforehand, sample by sample; None where it has nothing."""
+        algorithm = self.spec.algorithm
+        entry = POLICY_LOSSES.get(algorithm.loss)
+        if entry.prepare is None:
+            return None
+        samples = plan.samples
+        lengths = [len(sample.token_ids) for sample in samples]
+
+        def packed(name: str) -> Tensor:
+            return torch.from_numpy(np.concatenate([getattr(sample, name) for sample in samples]))
+
+        behaviour = packed("behaviour_log_probs")
+        has_proximal = samples[0].proximal_log_probs is not None
+        tokens = BatchTokens(
+            sample=torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths)),
+            mask=packed("loss_mask"),
+            advantages=packed("advantages"),
+            behaviour_log_probs=behaviour,
+            proximal_log_probs=packed("proximal_log_probs") if has_proximal else behaviour,
         )
-        return samples, batch.to(self.place.device)
+        marks = entry.prepare(tokens, entry.read_options(algorithm.loss_options, "algorithm.loss_options"))
+        return [part.numpy() for part in marks.to(torch.float32).split(lengths)]
 
-    def _lacks_media(self, prompts: Iterable[ExpandedPrompt]) -> bool:
-        """Whether the vision tower would be left out, which ZeRO 2 and 3 can't bear when another rank runs it."""
-        return (
-            self.spec.trainer.zero_stage >= 2
-            and bool(self._filler.features)
-            and not any(prompt.features for prompt in prompts)
+    def _completion_log_probs(self, micro_batch: MicroBatch, **wanted: bool) -> Any:
+        return completion_log_probs(
+            self.engine.engine,
+            micro_batch.batch,
+            temperature=self.spec.temperature,
+            banned_token_ids=self.encoder.banned_token_ids,
+            **wanted,
         )
 
     def _log_probs(self, plan: Plan) -> dict[int, NDArray[np.float32]]:
-        self.module.eval()
-        result: dict[int, NDArray[np.float32]] = {}
-        with torch.no_grad():
-            for turn in range(plan.rounds):
-                samples, batch = self._micro_batch(plan, turn)
-                outcome = completion_log_probs(
-                    self.engine.engine,
-                    batch,
-                    temperature=self.spec.temperature,
-                    banned_token_ids=self.encoder.banned_token_ids,
-                )
-                values = outcome.log_probs.float().cpu().numpy()
-                group = plan.groups[turn] if turn < len(plan.groups) else []
-                for place, index in enumerate(index for row in group for index in row):
-                    result[index] = values[place, : len(samples[place].token_ids)].copy()
-        return result
+        return self._each_token(plan, lambda micro_batch: self._completion_log_probs(micro_batch).log_probs)
 
     def _with_proximal(self, plan: Plan) -> Plan:
         """The plan with the log-probabilities before the first of several optimiser steps."""
@@ -348,75 +184,20 @@ class RankTrainer:
         ]
         return replace(plan, samples=samples)
 
-    def _reduced(self, parts: list[ObjectiveMetrics], *, complete: bool) -> dict[str, float] | None:
-        """Parts added up over micro-batches and ranks; None where a rank has none because of NaN."""
-        is_complete = torch.tensor([complete], dtype=torch.int32, device=self.place.device)
-        distributed.all_reduce(is_complete, op=distributed.ReduceOp.MIN)
-        if not is_complete.item():
-            return None
-        sums = {name: sum(float(part.sums[name]) for part in parts) for name in parts[0].sums}
-        maxima = {name: max(float(part.maxima[name]) for part in parts) for name in parts[0].maxima}
-        sums = self._over_ranks(sums, distributed.ReduceOp.SUM)
-        return finish_metrics(sums, self._over_ranks(maxima, distributed.ReduceOp.MAX))
 
-    def _over_ranks(self, values: dict[str, float], op: Any) -> dict[str, float]:
-        names = sorted(values)
-        tensor = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.place.device)
-        distributed.all_reduce(tensor, op=op)
-        return dict(zip(names, tensor.tolist(), strict=True))
-
-
-def _token_batch(samples: Sequence[TrainingSample], batch: ModelBatch) -> TokenBatch:
+def _token_batch(micro_batch: MicroBatch, marks: Sequence[NDArray[np.float32]] | None) -> TokenBatch:
+    samples, batch = micro_batch.samples, micro_batch.batch
     device = batch.tokens.device
 
     def matrix(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         return token_matrix([getattr(sample, name) for sample in samples], batch.shape, dtype).to(device)
 
+    own = None if marks is None else [marks[index] for index in micro_batch.indices]
     return TokenBatch(
         matrix("loss_mask", torch.bool),
         matrix("advantages"),
         matrix("behaviour_log_probs"),
         None if samples[0].proximal_log_probs is None else matrix("proximal_log_probs"),
         None if samples[0].reference_log_probs is None else matrix("reference_log_probs"),
+        marks=None if own is None else token_matrix(own, batch.shape, torch.float32).to(device),
     )
-
-
-def _filler_sample(filler: ExpandedPrompt, stop_token_ids: Sequence[int], like: TrainingSample) -> TrainingSample:
-    """One untrained token behind the filler prompt, with the same optional columns as the batch it joins."""
-    zero = np.zeros(1, np.float32)
-    return TrainingSample(
-        prompt=Prompt((Message("user", (TextPart("."),)),)),
-        prompt_token_ids=filler.token_ids,
-        token_ids=np.array(stop_token_ids[:1] or [0], np.int32),
-        loss_mask=np.zeros(1, np.bool_),
-        advantages=zero,
-        behaviour_log_probs=zero,
-        policy_versions=np.zeros(1, np.int32),
-        reference_log_probs=None if like.reference_log_probs is None else zero,
-        proximal_log_probs=None if like.proximal_log_probs is None else zero,
-    )
-
-
-def _merged(reports: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of several optimiser steps: the mean, or the maximum of what is a maximum."""
-    if not reports:
-        return {}
-    return {
-        name: max(report[name] for report in reports)
-        if name.startswith("max_")
-        else sum(report[name] for report in reports) / len(reports)
-        for name in reports[0]
-    }
-
-
-def _random_states(place: Place) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if place.device == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_random_states(states: dict[str, Tensor], place: Place) -> None:
-    torch.set_rng_state(states["cpu"])
-    if place.device == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])

@@ -67,7 +67,7 @@ class AlgorithmConfig(BaseModel):
     advantage: str = Field("grpo", description="A registered advantage estimator.")
     advantage_options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
     credit: Literal["trajectory", "turn"] = Field(
-        "trajectory", description="What is compared and credited: whole completions, or each turn of the policy in them."
+        "trajectory", description="What is compared and credited: whole completions, or each turn of the policy."
     )
     difficulty_weighting: bool = Field(
         False, description="Weigh groups by 4 p(1 - p), with p the group's mean reward between its bounds."

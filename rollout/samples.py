@@ -84,12 +84,18 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
-    """All samples of one prompt, scored: the unit of advantage estimation."""
+    """All samples of one prompt, scored: the unit of advantage estimation.
+
+    Attributes:
+        scores: of the generation's completions, in order.
+        greedy_score: of the greedy completion of the prompt, where the advantage estimator asks for one.
+    """
 
     group_id: str
     prompt: Prompt
     generation: Generation
     scores: tuple[Score, ...]
+    greedy_score: Score | None = None
 
     def __post_init__(self) -> None:
         if len(self.scores) != len(self.generation.completions):
@@ -113,6 +119,10 @@ class TrainingSample:
         reference_log_probs: [tokens] float32, or None where no reference model takes part.
         proximal_log_probs: [tokens] float32, the trainer's own at the start of the update, or None to take the
             first forward pass for them (right for one optimiser step a batch).
+        objective_advantages: [objectives, tokens] float32, advantages by reward component, where their gradients are
+            kept apart; None where they aren't.
+        values: [tokens] float32, the critic's value before each token; None where there is no critic.
+        returns: [tokens] float32, what the critic should have said.
     """
 
     prompt: Prompt
@@ -124,6 +134,9 @@ class TrainingSample:
     policy_versions: NDArray[np.int32]
     reference_log_probs: NDArray[np.float32] | None = None
     proximal_log_probs: NDArray[np.float32] | None = None
+    objective_advantages: NDArray[np.float32] | None = None
+    values: NDArray[np.float32] | None = None
+    returns: NDArray[np.float32] | None = None
 
     @property
     def total_tokens(self) -> int:
