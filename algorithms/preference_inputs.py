@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Protocol, Self, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from algorithms.finite import require_finite
@@ -18,6 +19,14 @@ from algorithms.registry import PREFERENCE_LOSSES, Options, PreferenceLoss
 
 Sums = dict[str, Tensor]
 """By name, [2] float: a weighted sum over pairs (or answers) and the weight it was taken over. Add up over parts."""
+
+
+class BetaOptions(Options):
+    """The switch of losses with an implicit reward beta log(pi / pi_reference)."""
+
+    beta: float = Field(
+        0.1, gt=0.0, description="Strength of the pull to the reference; the implicit reward's scale a nat."
+    )
 
 
 class PreferenceState(Protocol):
@@ -199,7 +208,7 @@ class UnpairedInputs:
         answers: log-probabilities of each.
         is_desirable: [answers] bool.
         weights: [answers] float, at least 0, how much each answer counts; 0 for padding; None for 1 each.
-        kl_baseline: [] float, nats, of the whole batch; see :func:`algorithms.preferences.kl_baseline`.
+        kl_baseline: [] float, nats, of the whole batch; see :func:`algorithms.unpaired_preferences.kl_baseline`.
         desirability: [answers] float, above 0 and below 1, the estimated chance that an answer to this prompt comes
             from the desirable ones; for losses that correct for it.
         state: what the loss remembers from earlier steps; None for losses without, and to start afresh.

@@ -102,7 +102,7 @@ class BradleyTerryOptions(Options):
 
     has_margin: bool = Field(True, description="Take the pairs' margins into account, where they are given.")
     centring: float = Field(
-        0.0, ge=0.0, description="Weight of (r_c + r_r)², which keeps scores around 0; 0.01 in the paper's experiments."
+        0.0, ge=0.0, description="Weight of (r_c + r_r)², which keeps scores around 0; 0.01 is usual."
     )
 
 
@@ -311,8 +311,8 @@ def plackett_luce(ranked: RankedScores, options: RankingOptions) -> PreferenceOu
     if bool(is_tie.any()):
         prompt = int(unique[row[1:][is_tie][0]])
         raise ValueError(
-            f"answers to prompt {prompt} share a place, which Plackett-Luce has no chance for: break the tie, or choose "
-            "the loss ranking_pairs"
+            f"answers to prompt {prompt} share a place, which Plackett-Luce has no chance for: break the tie, or "
+            "choose the loss ranking_pairs"
         )
     longest = int(counts.max()) if len(counts) else 0
     # From worst to best, padding first: the running logsumexp of a row is then over those not better.
