@@ -79,6 +79,8 @@ class Method:
     def _problem(self, error: dict[str, Any], setting: str) -> str:
         place = ".".join(str(part) for part in error["loc"])
         key = f"{setting}.{place}" if place else setting
+        if error["type"] == "missing" and place in self.options.model_fields:
+            return f"{key} of {self.name!r} must be set: {self.options.model_fields[place].description}"
         if error["type"] != "extra_forbidden":
             return f"{key} = {error['input']!r} of {self.name!r}: {error['msg']}."
         known = list(self.options.model_fields)
