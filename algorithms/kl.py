@@ -143,14 +143,14 @@ def k3(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
 @kl_estimator(
     "k3_unbiased",
     formula="value e^d − 1 − d, gradient −d ∇log π, d = log π_ref − log π",
-    source="DeepSeek-V3.2, arXiv 2512.02556, section 3.1 (unbiased KL estimate), at a ratio of 1",
+    source="DeepSeek-V3.2, arXiv 2512.02556, section 3.1, eq. 7, at a ratio of 1",
     use_when="In the loss: k3's low variance as a figure, and the gradient of the KL itself.",
     wrong_in_reward=NOT_IN_THE_REWARD,
 )
 def k3_unbiased(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     """The value of k3 with the gradient of the KL: that of k2, put in its place (a straight-through estimator).
 
-    DeepSeek-V3.2 (arXiv 2512.02556, section 3.1) multiplies k3 by the ratio r = pi / pi_behaviour and differentiates
+    DeepSeek-V3.2 (arXiv 2512.02556, eq. 7) multiplies k3 by the ratio r = pi / pi_behaviour and differentiates
     both: grad(r k3) = r (k3 + 1 - exp(d)) grad log pi = -r d grad log pi, exact in expectation over the behaviour
     policy. This is that gradient at r = 1, token by token, so the two agree on policy; off policy, multiply by the
     detached ratio. Unlike k3's, the gradient grows only linearly where the policy leaves the reference far behind.
@@ -253,7 +253,8 @@ def kl_penalised_rewards(
     """Rewards less coefficient times the sample's KL, to be called before advantages are taken over groups.
 
     The KL of a sample is the sum of k1 over its tokens, log pi(completion) - log pi_reference(completion): unbiased,
-    and the policy gradient of it is that of the KL (Ziegler et al., arXiv 1909.08593, eq. 2).
+    and the policy gradient of it is that of the KL (Ziegler et al., arXiv 1909.08593, eq. 2). :func:`kl_token_rewards`
+    is the same by token.
 
     Args:
         rewards: [samples] float.
@@ -265,9 +266,7 @@ def kl_penalised_rewards(
     Raises:
         NonFiniteError: a log-probability is NaN or infinite; names the tensor and the token.
     """
-    require_finite("the sampled log-probability", log_probs, index_name="token")
-    require_finite("the reference log-probability", reference_log_probs, index_name="token")
-    by_token = kl_estimate(log_probs, reference_log_probs, "k1").to(rewards.dtype)
+    by_token = kl_token_rewards(log_probs, reference_log_probs, 1.0).neg().to(rewards.dtype)
     by_sample = torch.zeros_like(rewards).index_add_(0, sample, by_token)
     return rewards - coefficient * by_sample, by_sample
 

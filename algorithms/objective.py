@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from algorithms.aggregation import Denominators, token_weights
-from algorithms.config import AlgorithmConfig
-from algorithms.correction import Correction, effective_sample_share, importance_correction
+from algorithms.config import AlgorithmConfig, CorrectionConfig
+from algorithms.correction import correction_sums, finish_correction, importance_correction
 from algorithms.finite import require_finite
 from algorithms.inputs import LossInputs, TokenLoss
 from algorithms.kl import kl_estimate
 from algorithms.losses import ratio_of
-from algorithms.registry import POLICY_LOSSES, PolicyLoss
+from algorithms.registry import KL_ESTIMATORS, POLICY_LOSSES, PolicyLoss
 
 __all__ = ["Denominators", "ObjectiveMetrics", "TokenBatch", "finish_metrics", "objective"]
+
+UNCORRECTED = CorrectionConfig(method="none")
+"""For losses that weigh by the behaviour policy themselves, and for those that learn from no rollouts."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,15 @@ def objective(
     config: AlgorithmConfig,
     denominators: Denominators,
     kl_coefficient: float,
+    full_kl: Tensor | None = None,
 ) -> tuple[Tensor, ObjectiveMetrics]:
     """Importance weight x policy loss + KL - entropy bonus, summed by the aggregation's weights.
 
     The loss is already divided by the whole batch's denominators: add it up over micro-batches and ranks (a trainer
     whose ranks average gradients multiplies by their number). Tokens outside the mask contribute exactly 0 to the loss
     and its gradient, even if they hold NaN. The correction and the mismatch metrics compare proximal with behaviour
-    log-probabilities. The KL term isn't weighted by the correction.
+    log-probabilities; a loss that weighs by the behaviour policy itself isn't corrected, whatever the recipe says. The
+    KL term isn't weighted by the correction.
 
     Args:
         log_probs: [B, T] float, nats, of the policy being trained; carries the gradient.
@@ -79,11 +84,14 @@ def objective(
         batch: what else is known of each token.
         denominators: sizes of the whole optimiser batch.
         kl_coefficient: weight of the KL, from the controller; used where the recipe places the KL in the loss.
+        full_kl: [B, T] float, nats, the exact KL to the reference at each token, carrying its gradient; for estimators
+            that need whole distributions, in place of the reference's log-probabilities.
     Returns:
         The loss, a scalar of float32 (float64 if `log_probs` is), and the metrics.
     Raises:
-        RegistryError: `config.loss` isn't registered.
-        NonFiniteError: an input is NaN or infinite inside the mask; names the tensor and the token.
+        RegistryError: a method the recipe names isn't registered, or has no such switch.
+        NonFiniteError: an input, or the loss made of them, is NaN or infinite inside the mask; names the tensor and
+            the token.
         ValueError: shapes differ, or a term is asked for whose input is missing.
     """
     mask = batch.mask
@@ -91,17 +99,23 @@ def objective(
     entry = POLICY_LOSSES.get(config.loss)
     inputs = _loss_inputs(current, batch, entry)
     token_loss = entry.function(inputs, entry.read_options(config.loss_options, "algorithm.loss_options"))
-    correction = importance_correction(inputs.proximal_log_probs, inputs.behaviour_log_probs, mask, config.correction)
+    needs_correction = entry.uses_rollouts and not entry.corrects_mismatch
+    correction = importance_correction(
+        inputs.proximal_log_probs,
+        inputs.behaviour_log_probs,
+        mask,
+        config.correction if needs_correction else UNCORRECTED,
+    )
     weights = token_weights(mask, config, denominators, current)
 
-    values = torch.where(mask, token_loss.values, torch.zeros_like(token_loss.values))
+    values = _inside(f"the loss {entry.name!r}", token_loss.values, mask)
     policy_loss = (correction.weights * values * weights).sum()
-    kl, kl_loss = _kl_term(current, batch, config, weights, kl_coefficient)
+    kl, kl_loss = _kl_term(current, batch, config, weights, kl_coefficient, full_kl)
     entropy_inside, entropy_loss = _entropy_term(entropy, mask, current, config, weights)
     loss = policy_loss + kl_loss - entropy_loss
 
     sums = {"loss": loss, "policy_loss": policy_loss}
-    sums |= _token_means(inputs, token_loss, correction, denominators)
+    sums |= _token_means(inputs, token_loss, denominators) | correction_sums(correction, mask, denominators)
     if kl is not None:
         sums |= {"kl_loss": kl_loss, "kl_reference": kl.sum() / denominators.tokens}
     if entropy_inside is not None:
@@ -119,14 +133,10 @@ def objective(
 def finish_metrics(sums: Mapping[str, float], maxima: Mapping[str, float]) -> dict[str, float]:
     """The batch's metrics from the added-up sums and the combined maxima.
 
-    Turns the mean square of the importance weights, which adds up, into the effective sample size as a share of the
-    tokens, which doesn't.
+    Turns mean squares of the importance weights, which add up, into effective sample sizes, which don't; see
+    :func:`algorithms.correction.finish_correction`.
     """
-    metrics = {**sums, **maxima}
-    square = metrics.pop("importance_weight_square", None)
-    if square is not None:
-        metrics["effective_sample_share"] = effective_sample_share(metrics["importance_weight_mean"], square)
-    return metrics
+    return finish_correction({**sums, **maxima})
 
 
 def _loss_inputs(current: Tensor, batch: TokenBatch, entry: PolicyLoss) -> LossInputs:
@@ -140,6 +150,11 @@ def _loss_inputs(current: Tensor, batch: TokenBatch, entry: PolicyLoss) -> LossI
         return LossInputs(current, proximal, proximal, torch.zeros_like(proximal), mask)
     behaviour = _inside("behaviour_log_probs", batch.behaviour_log_probs, mask, current)
     advantages = _inside("advantages", batch.advantages, mask, current)
+    if entry.prepare is not None and batch.marks is None:
+        raise ValueError(
+            f"the loss {entry.name!r} needs marks, which its prepare makes of the whole optimiser batch, but the batch "
+            "has none"
+        )
     marks = None if batch.marks is None else _inside("marks", batch.marks, mask, current)
     return LossInputs(current, proximal, behaviour, advantages, mask, marks)
 
@@ -156,16 +171,26 @@ def _inside(name: str, values: Tensor, mask: Tensor, like: Tensor | None = None)
 
 
 def _kl_term(
-    current: Tensor, batch: TokenBatch, config: AlgorithmConfig, weights: Tensor, coefficient: float
+    current: Tensor,
+    batch: TokenBatch,
+    config: AlgorithmConfig,
+    weights: Tensor,
+    coefficient: float,
+    full_kl: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
     """KL to the reference by token (None without one), and its part of the loss."""
     in_loss = config.kl.placement == "loss" and coefficient > 0
-    if batch.reference_log_probs is None:
-        if in_loss:
-            raise ValueError(f"the KL has weight {coefficient} in the loss, but the batch has no reference_log_probs")
+    is_exact = KL_ESTIMATORS.get(config.kl.estimator).needs_distributions
+    if (full_kl if is_exact else batch.reference_log_probs) is None and in_loss:
+        missing = "no full_kl was given" if is_exact else "the batch has no reference_log_probs"
+        raise ValueError(f"the KL has weight {coefficient} in the loss by {config.kl.estimator}, but {missing}")
+    if is_exact and full_kl is not None:
+        kl = _inside("full_kl", full_kl, batch.mask)
+    elif not is_exact and batch.reference_log_probs is not None:
+        reference = _inside("reference_log_probs", batch.reference_log_probs, batch.mask, current)
+        kl = kl_estimate(current, reference, config.kl.estimator)
+    else:
         return None, current.new_zeros(())
-    reference = _inside("reference_log_probs", batch.reference_log_probs, batch.mask, current)
-    kl = kl_estimate(current, reference, config.kl.estimator)
     return kl, coefficient * (kl * weights).sum() if in_loss else current.new_zeros(())
 
 
@@ -183,9 +208,7 @@ def _entropy_term(
     return inside, config.entropy_coefficient * (inside * weights).sum()
 
 
-def _token_means(
-    inputs: LossInputs, token_loss: TokenLoss, correction: Correction, denominators: Denominators
-) -> dict[str, Tensor]:
+def _token_means(inputs: LossInputs, token_loss: TokenLoss, denominators: Denominators) -> dict[str, Tensor]:
     """Parts of means over all trained tokens of the batch."""
 
     def mean(values: Tensor) -> Tensor:
@@ -196,10 +219,6 @@ def _token_means(
         "clip_low_share": mean(never if token_loss.is_clipped_low is None else token_loss.is_clipped_low),
         "clip_high_share": mean(never if token_loss.is_clipped_high is None else token_loss.is_clipped_high),
         "ratio_mean": mean(ratio_of(inputs.log_probs, inputs.proximal_log_probs)),
-        "importance_weight_mean": mean(correction.weights),
-        "importance_weight_square": mean(correction.weights.square()),
-        "corrected_share": mean(correction.is_touched),
-        "mismatch_kl": mean(correction.kl),
         "advantage_mean": mean(inputs.advantages),
         "advantage_abs": mean(inputs.advantages.abs()),
     }
