@@ -1,43 +1,22 @@
-"""Advantage estimators over groups of samples that answer the same prompt. A failed reward never comes this far."""
+"""Advantage estimators that give one advantage a sample. A failed reward never comes this far.
+
+Those that give one a token are in returns.py, those that reward a group as a whole in pass_at_k.py.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from algorithms.groups import Groups, centre
 from algorithms.inputs import AdvantageInputs
-from algorithms.registry import Options, advantage_estimator
+from algorithms.registry import Need, Options, advantage_estimator
 
 STD_EPSILON = 1e-6
-
-
-@dataclass(frozen=True)
-class _Centred:
-    """Rewards relative to their group's mean: [samples] each."""
-
-    values: Tensor
-    group_size: Tensor
-    group_std: Tensor
-
-
-def _centre(rewards: Tensor, group: Tensor) -> _Centred:
-    """Centre rewards over their group; the standard deviation is the sample one (n - 1), 0 for a group of one.
-
-    The group's minimum is taken off first, so that equal rewards give exactly 0 whatever their size.
-    """
-    _, index = group.unique(return_inverse=True)
-    groups = int(index.max()) + 1
-    size = torch.zeros(groups, dtype=rewards.dtype, device=rewards.device)
-    size.index_add_(0, index, torch.ones_like(rewards))
-    lowest = torch.full_like(size, float("inf")).scatter_reduce(0, index, rewards, "amin")
-    shifted = rewards - lowest[index]
-    mean = torch.zeros_like(size).index_add_(0, index, shifted) / size
-    centred = shifted - mean[index]
-    square_sum = torch.zeros_like(size).index_add_(0, index, centred.square())
-    std = (square_sum / (size - 1).clamp(min=1)).sqrt()
-    return _Centred(centred, size[index], std[index])
+"""Added to standard deviations that are divided by, so that rounding noise isn't blown up to size 1."""
 
 
 @advantage_estimator(
@@ -55,8 +34,8 @@ def grpo(inputs: AdvantageInputs, options: Options) -> Tensor:
     Returns:
         [samples] float. Exactly 0 for a group of one and for a group whose rewards are all equal.
     """
-    centred = _centre(inputs.rewards, inputs.group)
-    return centred.values / (centred.group_std + STD_EPSILON)
+    centred = centre(inputs.rewards, Groups.of(inputs.group))
+    return centred.values / (centred.std + STD_EPSILON)
 
 
 @advantage_estimator(
@@ -68,7 +47,7 @@ def grpo(inputs: AdvantageInputs, options: Options) -> Tensor:
 )
 def dr_grpo(inputs: AdvantageInputs, options: Options) -> Tensor:
     """r - mean of group (Dr. GRPO, arXiv 2503.20783, section 3.2). Shapes and edge cases as :func:`grpo`."""
-    return _centre(inputs.rewards, inputs.group).values
+    return centre(inputs.rewards, Groups.of(inputs.group)).values
 
 
 @advantage_estimator(
@@ -83,8 +62,8 @@ def rloo(inputs: AdvantageInputs, options: Options) -> Tensor:
 
     Computed as n / (n - 1) times the difference from the group's mean, which is the same.
     """
-    centred = _centre(inputs.rewards, inputs.group)
-    return centred.values * centred.group_size / (centred.group_size - 1).clamp(min=1)
+    centred = centre(inputs.rewards, Groups.of(inputs.group))
+    return centred.values * centred.size / (centred.size - 1).clamp(min=1)
 
 
 @advantage_estimator(
@@ -101,4 +80,166 @@ def reinforce(inputs: AdvantageInputs, options: Options) -> Tensor:
     Returns:
         [samples] float.
     """
-    return _centre(inputs.rewards, torch.zeros_like(inputs.group)).values
+    return centre(inputs.rewards, Groups.one(inputs.group)).values
+
+
+@advantage_estimator(
+    "reinforce_plus_plus_baseline",
+    compares_group=True,
+    formula="(r − mean(group)) / (std(batch of r − mean(group)) + 1e-6)",
+    source="REINFORCE++, arXiv 2501.03262, the variant with a group baseline",
+    use_when="As grpo, but one scale for all prompts, which small groups can't estimate each for itself.",
+)
+def reinforce_plus_plus_baseline(inputs: AdvantageInputs, options: Options) -> Tensor:
+    """r - mean of group, normalised over the batch (REINFORCE++ with a baseline, arXiv 2501.03262).
+
+    The batch's statistics are taken over samples. Their mean is 0 already, group by group, so only the standard
+    deviation (n - 1) is divided by. Public implementations take both over tokens, where the mean isn't 0 as soon as
+    lengths go with rewards: groups whose rewards are all equal then get an advantage. Here they don't.
+
+    Returns:
+        [samples] float. Exactly 0 for a group of one and for a group whose rewards are all equal.
+    """
+    return _over_batch_std(centre(inputs.rewards, Groups.of(inputs.group)).values)
+
+
+@advantage_estimator(
+    "remax",
+    needs=frozenset({Need.GREEDY_REWARDS}),
+    formula="r − r(greedy completion of the prompt)",
+    source="ReMax, arXiv 2310.10505, algorithm 1",
+    use_when="One sample a prompt: a baseline per prompt for the price of one greedy completion.",
+)
+def remax(inputs: AdvantageInputs, options: Options) -> Tensor:
+    """r - reward of the greedy completion of the same prompt (ReMax, arXiv 2310.10505, algorithm 1).
+
+    Groups play no part: a group of one has an advantage, and equal rewards that differ from the greedy one too.
+
+    Returns:
+        [samples] float. Exactly 0 where the reward equals the greedy one.
+    """
+    assert inputs.greedy_rewards is not None
+    return inputs.rewards - inputs.greedy_rewards
+
+
+@advantage_estimator(
+    "opo",
+    compares_group=True,
+    formula="r − Σ(length · r) / Σ length, over the group",
+    source="OPO, arXiv 2505.23585, the length-weighted optimal baseline",
+    use_when="Lengths vary a lot within a group and updates are exactly on-policy.",
+)
+def opo(inputs: AdvantageInputs, options: Options) -> Tensor:
+    """r - length-weighted mean of the group (OPO, arXiv 2505.23585).
+
+    The baseline of least variance weighs each reward by its squared gradient norm; with gradients of different tokens
+    about orthogonal, that grows with the length. The length counts the tokens the policy chose.
+
+    Returns:
+        [samples] float. Exactly 0 for a group of one and for a group whose rewards are all equal. Weighted by length,
+        not as they stand, those of a group sum to 0.
+    """
+    groups = Groups.of(inputs.group)
+    shifted = inputs.rewards - groups.least(inputs.rewards)[groups.index]
+    weights = inputs.actions.to(shifted.dtype)
+    baseline = groups.sum(weights * shifted) / groups.sum(weights).clamp(min=1)
+    return shifted - baseline[groups.index]
+
+
+class GPGOptions(Options):
+    """What the difference from the group's mean is divided by."""
+
+    divide_by: Literal["none", "std"] = Field(
+        "none", description="none leaves the difference from the group's mean; std divides it as GRPO does."
+    )
+
+
+@advantage_estimator(
+    "gpg",
+    options=GPGOptions,
+    compares_group=True,
+    formula="α · (r − mean(group)) / F, α = samples / samples in groups whose rewards differ, F = 1 or std(group)",
+    source="GPG, arXiv 2504.02546, the advantage with accurate gradient estimation",
+    use_when="No dynamic filtering: makes up for groups that teach nothing by a larger step on the others.",
+)
+def gpg(inputs: AdvantageInputs, options: GPGOptions) -> Tensor:
+    """alpha (r - mean of group) / F (GPG, arXiv 2504.02546).
+
+    alpha undoes the shrinking of the batch's mean gradient by groups whose rewards are all equal, which add nothing
+    to it but count in its denominator. A public implementation counts samples whose reward isn't 0 instead, which
+    changes with a shift of the rewards; here it is the samples of groups whose rewards differ.
+
+    Returns:
+        [samples] float. Exactly 0 for a group of one and for a group whose rewards are all equal.
+    """
+    groups = Groups.of(inputs.group)
+    centred = centre(inputs.rewards, groups)
+    differs = groups.largest(inputs.rewards) > groups.least(inputs.rewards)
+    teaching = int(differs[groups.index].sum())
+    values = centred.values / (centred.std + STD_EPSILON) if options.divide_by == "std" else centred.values
+    return values * (len(values) / max(1, teaching))
+
+
+@advantage_estimator(
+    "maxrl",
+    compares_group=True,
+    formula="(r − mean(group)) / mean(group)",
+    source="Maximum likelihood RL, arXiv 2602.02710",
+    use_when="Rewards of 0 and 1 and hard prompts: a rare success weighs as much as many frequent ones.",
+)
+def maxrl(inputs: AdvantageInputs, options: Options) -> Tensor:
+    """(r - mean of group) / mean of group (MaxRL, arXiv 2602.02710): the policy gradient of log E[r].
+
+    Returns:
+        [samples] float, between -1 and n - 1 for a group of n. Exactly 0 for a group of one, for a group whose rewards
+        are all equal, and so for one without a success.
+    Raises:
+        ValueError: a reward is below 0, so that E[r] is no likelihood.
+    """
+    rewards = inputs.rewards
+    if bool((rewards < 0).any()):
+        worst = int(rewards.argmin())
+        raise ValueError(
+            f"algorithm.advantage = maxrl takes the logarithm of the expected reward, so no reward may be below 0, but "
+            f"that of sample {worst} is {float(rewards[worst]):g}. Shift the rewards to 0 and above (a penalty in the "
+            "reward lowers them too: place it in the loss), or choose another estimator."
+        )
+    centred = centre(rewards, Groups.of(inputs.group))
+    return torch.where(centred.mean > 0, centred.values / centred.mean, torch.zeros_like(rewards))
+
+
+@advantage_estimator(
+    "gdpo",
+    compares_group=True,
+    needs=frozenset({Need.COMPONENTS}),
+    formula="a / (std(batch of a) + 1e-6), a = Σₖ wₖ · (rₖ − mean(group of rₖ)) / (std(group of rₖ) + 1e-6)",
+    source="GDPO, arXiv 2601.05242, section 3",
+    use_when="Several rewards of different scale or difficulty, none of which may drown the others.",
+)
+def gdpo(inputs: AdvantageInputs, options: Options) -> Tensor:
+    """Each component normalised over its group, their weighted sum normalised over the batch (GDPO, arXiv 2601.05242).
+
+    A component that a sample doesn't have is left out of that component's mean and standard deviation and adds nothing
+    to the sample. The batch's statistics are over samples, as in the paper (public implementations take them over
+    tokens); the weighted sums have mean 0 already, group by group, so only the standard deviation is divided by.
+
+    Returns:
+        [samples] float. Exactly 0 for a group of one and where all components of a group are equal.
+    """
+    assert inputs.components is not None
+    assert inputs.is_present is not None
+    assert inputs.component_weights is not None
+    groups = Groups.of(inputs.group)
+    total = torch.zeros_like(inputs.rewards)
+    for column, weight in enumerate(inputs.component_weights.tolist()):
+        has_it = inputs.is_present[:, column]
+        owners = Groups.of(groups.index[has_it])
+        centred = centre(inputs.components[has_it, column], owners)
+        total[has_it] += weight * centred.values / (centred.std + STD_EPSILON)
+    return _over_batch_std(total)
+
+
+def _over_batch_std(values: Tensor) -> Tensor:
+    """Values whose mean is 0, divided by their standard deviation over the batch (n - 1)."""
+    std = (values.square().sum() / max(1, len(values) - 1)).sqrt()
+    return values / (std + STD_EPSILON)
