@@ -164,6 +164,8 @@ def _central_step(
     root = torch.cat([columns * (radius / (softened * barrier)).sqrt(), torch.eye(len(u), dtype=u.dtype)])
     upper = torch.linalg.qr(root).R
     normal = inverse_norms * u
+    # The multiplier's share of the gradient changes nothing but would swamp the rest by 1 / barrier.
+    gradient = gradient - normal * ((normal @ gradient) / (normal @ normal))
     solved = torch.cholesky_solve(torch.stack([gradient, normal], 1), upper, upper=True)
     multiplier = (normal @ solved[:, 0]) / (normal @ solved[:, 1])
     direction = multiplier * solved[:, 1] - solved[:, 0]

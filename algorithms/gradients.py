@@ -6,43 +6,45 @@ FAMO sees losses instead. What holds the gradients, and when they are made, is t
 
 Gradients are of losses, so training steps along minus the combination. A gradient that is exactly zero (a reward all of
 whose groups were equal) has no say: the methods leave it out, where the papers divide by its norm or stop at it. The
-weights are a function of cosines computed in float64, so gradients opposed to within 1e-6 of their length count as
-opposed.
+Gram matrix squares lengths: gradients whose hull comes within 1e-6 of their length of zero can't be told from opposed
+ones, even in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
+from algorithms.famo import FAMOOptions, FAMOState, famo_update, famo_weights
 from algorithms.finite import require_finite
+from algorithms.gradient_shards import combine, gram_matrix, require_finite_gram
 from algorithms.gradient_solvers import bargaining_point, equal_projections, fairest_step, nearest_point
 from algorithms.registry import GRADIENT_COMBINATIONS, Options, method
 
-BLOCK = 1 << 20
-"""Entries of each gradient that are converted to float64 at a time."""
-
-
-@dataclass(frozen=True)
-class FAMOState:
-    """What FAMO carries from step to step, and a checkpoint must keep.
-
-    Attributes:
-        logits: ξ of each objective; all zero, equal shares, before the first step.
-    """
-
-    logits: tuple[float, ...]
-
-    @classmethod
-    def initial(cls, objectives: int) -> FAMOState:
-        """Equal shares of all objectives."""
-        return cls((0.0,) * objectives)
+__all__ = [
+    "CAGradOptions",
+    "FAMOOptions",
+    "FAMOState",
+    "GradientInputs",
+    "MGDAOptions",
+    "PCGradOptions",
+    "cagrad",
+    "combine",
+    "famo",
+    "famo_update",
+    "gradient_weights",
+    "gram_matrix",
+    "imtl_g",
+    "mgda",
+    "nash_mtl",
+    "pcgrad",
+    "project_conflicts",
+]
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class GradientInputs:
         gram = self.gram
         if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
             raise ValueError(f"gram must be [objectives, objectives], at least 1, got {list(gram.shape)}")
-        _require_finite_gram(gram)
+        require_finite_gram(gram)
         gram = gram.detach().to("cpu", torch.float64)
         norms = gram.diagonal().clamp_min(0).sqrt()
         if bool((gram.diagonal() < 0).any()):
@@ -78,80 +80,6 @@ class GradientInputs:
         object.__setattr__(self, "gram", (gram + gram.T) / 2)
         if self.losses is not None and self.losses.shape != gram.shape[:1]:
             raise ValueError(f"losses must be [{len(gram)}], one an objective, got {list(self.losses.shape)}")
-
-
-def gram_matrix(
-    gradients: Sequence[Sequence[Tensor]],
-    *,
-    group: dist.ProcessGroup | None = None,
-    is_replicated: Sequence[bool] | None = None,
-    block: int = BLOCK,
-) -> Tensor:
-    """Inner products of the gradients of K losses, over all parameters and all ranks.
-
-    Extra memory is K · `block` float64 numbers. Called by every rank of `group` at the same point of the step, with the
-    same K; a rank that isn't there is found by the group's own timeout. All ranks return the same bits, and all of them
-    raise if any holds a NaN.
-
-    Args:
-        gradients: K sequences of tensors: this rank's shard of each objective's gradient, the same tensors in the same
-            order in all K. A rank without any passes an empty tensor on its device.
-        group: the ranks over which the gradients are split, to sum over; None where this rank holds them whole.
-        is_replicated: for each tensor, True where every rank of `group` holds the same whole tensor rather than a shard
-            of its own, so that it counts once. None for all shards.
-        block: entries converted at a time.
-    Returns:
-        [K, K] float64 on the CPU, symmetric.
-    Raises:
-        ValueError: no objectives, or their tensors differ in number or shape.
-        NonFiniteError: a gradient holds NaN or an infinity, or its square overflows; names the objective.
-    """
-    _check_shards(gradients, is_replicated)
-    first = gradients[0]
-    device = first[0].device if first else torch.device("cpu")
-    gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=device)
-    counts_replicas = group is None or dist.get_rank(group) == 0
-    for index, tensor in enumerate(first):
-        if is_replicated is not None and is_replicated[index] and not counts_replicas:
-            continue
-        flat = [objective[index].detach().reshape(-1) for objective in gradients]
-        for start in range(0, tensor.numel(), block):
-            piece = torch.stack([each[start : start + block].to(torch.float64) for each in flat])
-            gram.addmm_(piece, piece.T)
-    if group is not None:
-        dist.all_reduce(gram, group=group)
-    gram = gram.cpu()
-    _require_finite_gram(gram)
-    return (gram + gram.T) / 2
-
-
-def combine(gradients: Sequence[Sequence[Tensor]], weights: Tensor) -> Sequence[Tensor]:
-    """Σ_k w_k g_k, written over the first objective's gradient.
-
-    Args:
-        gradients: K sequences of tensors, as for :func:`gram_matrix`. The first is overwritten.
-        weights: [K] float.
-    Returns:
-        The first sequence. Tensors narrower than float32 are summed in float32 and rounded once.
-    Raises:
-        ValueError: the number of weights isn't K, or the tensors differ in number or shape.
-        NonFiniteError: a weight is NaN or infinite.
-    """
-    _check_shards(gradients, None)
-    if weights.shape != (len(gradients),):
-        raise ValueError(f"weights must be [{len(gradients)}], one an objective, got {list(weights.shape)}")
-    require_finite("the weight", weights, index_name="objective")
-    factors = weights.tolist()
-    with torch.no_grad():
-        for index, target in enumerate(gradients[0]):
-            is_narrow = target.dtype in (torch.bfloat16, torch.float16)
-            total = target.float() if is_narrow else target
-            total.mul_(factors[0])
-            for factor, objective in zip(factors[1:], gradients[1:], strict=True):
-                total.add_(objective[index].to(total.dtype), alpha=factor)
-            if is_narrow:
-                target.copy_(total)
-    return gradients[0]
 
 
 def gradient_weights(name: str, inputs: GradientInputs, options: Mapping[str, Any] | None = None) -> Tensor:
@@ -248,8 +176,7 @@ def pcgrad(inputs: GradientInputs, options: PCGradOptions) -> Tensor:
         inputs: `gram` and `step`.
         options: switches.
     Returns:
-        [K] float64, at least 1 each (1 / K for "mean") unless gradients were projected from one that was projected
-        itself. 1 for a single objective.
+        [K] float64, at least 1 each (1 / K for "mean"); 1 for a single objective.
     """
     gram = inputs.gram
     generator = torch.Generator().manual_seed((options.seed << 32) + inputs.step)
@@ -381,20 +308,6 @@ def imtl_g(inputs: GradientInputs, options: Options) -> Tensor:
     return _spread(weights / scale if scale > 0 else weights, alive, len(inputs.gram))
 
 
-class FAMOOptions(Options):
-    """Switches of FAMO."""
-
-    rate: float = Field(0.025, gt=0, description="Step size β of the logits.")
-    decay: float = Field(0.001, ge=0, description="Pull γ of the logits towards equal shares.")
-    lower_bound: float = Field(
-        0.0, description="What no loss can be below; FAMO works on the losses' distance from it."
-    )
-
-
-LOSS_FLOOR = 1e-8
-"""The least distance from its lower bound that FAMO credits a loss with, so that its logarithm is finite."""
-
-
 @method(
     GRADIENT_COMBINATIONS,
     "famo",
@@ -404,7 +317,7 @@ LOSS_FLOOR = 1e-8
     use_when="Losses have known lower bounds and one backward pass for all objectives must do.",
 )
 def famo(inputs: GradientInputs, options: FAMOOptions) -> Tensor:
-    """FAMO's weights before a step; see :func:`famo_weights`, and :func:`famo_update` for after it.
+    """FAMO's weights before a step; see :func:`algorithms.famo.famo_weights`, and :func:`famo_update` for after it.
 
     Args:
         inputs: `losses`, and `famo`, the state.
@@ -419,64 +332,6 @@ def famo(inputs: GradientInputs, options: FAMOOptions) -> Tensor:
     return famo_weights(inputs.losses, inputs.famo or FAMOState.initial(len(inputs.losses)), options)
 
 
-def famo_weights(losses: Tensor, state: FAMOState, options: FAMOOptions) -> Tensor:
-    """Shares z = softmax(ξ) of the decrease of log-losses, as weights of the losses: w_k = (z_k / ℓ_k) / Σ_i z_i / ℓ_i
-    (FAMO, arXiv 2306.03792, Algorithm 1). One backward pass through Σ w_k ℓ_k gives the combination.
-
-    Args:
-        losses: [K] float, each at least `options.lower_bound`. Of a policy, something that falls to the bound as it
-            gets better: the best possible reward less the mean one, not the surrogate whose gradient is taken.
-        state: the logits.
-        options: switches.
-    Returns:
-        [K] float64, positive, summing to 1.
-    Raises:
-        ValueError: a loss is below its bound, or the state is of another number of objectives.
-        NonFiniteError: a loss is NaN or infinite; names the objective.
-    """
-    distance = _above_bound(losses, state, options)
-    shares = torch.tensor(state.logits, dtype=torch.float64).softmax(0) / distance
-    return shares / shares.sum()
-
-
-def famo_update(state: FAMOState, losses_before: Tensor, losses_after: Tensor, options: FAMOOptions) -> FAMOState:
-    """The logits after a step: ξ ← ξ − β (δ + γ ξ), δ = Jᵀ(log ℓ_t − log ℓ_{t+1}), J the Jacobian of the softmax at ξ
-    (FAMO, arXiv 2306.03792, Algorithm 1). An objective whose log-loss fell less than the share-weighted mean gains.
-
-    This is the paper's plain step; the authors' code passes δ through Adam, which keeps its sign and not its size.
-
-    Args:
-        state: the logits before.
-        losses_before, losses_after: [K] float, on the same samples before and after the parameters moved. Batch means
-            of one step and the next stand in where a second evaluation costs too much, with the batches' noise.
-        options: switches.
-    Returns:
-        The new state.
-    Raises:
-        ValueError: a loss is below its bound, or the sizes differ.
-        NonFiniteError: a loss is NaN or infinite; names the objective.
-    """
-    fall = _above_bound(losses_before, state, options).log() - _above_bound(losses_after, state, options).log()
-    logits = torch.tensor(state.logits, dtype=torch.float64)
-    shares = logits.softmax(0)
-    change = shares * (fall - shares @ fall)
-    return FAMOState(tuple((logits - options.rate * (change + options.decay * logits)).tolist()))
-
-
-def _above_bound(losses: Tensor, state: FAMOState, options: FAMOOptions) -> Tensor:
-    if losses.shape != (len(state.logits),):
-        raise ValueError(f"losses must be [{len(state.logits)}], as FAMO's state is, got {list(losses.shape)}")
-    require_finite("the loss", losses, index_name="objective")
-    distance = losses.detach().to("cpu", torch.float64) - options.lower_bound
-    if bool((distance < 0).any()):
-        lowest = int(distance.argmin())
-        raise ValueError(
-            f"the loss of objective {lowest} is {float(losses[lowest]):g}, below algorithm.gradient_options.lower_bound"
-            f" = {options.lower_bound:g}. FAMO takes its logarithm above that bound: lower the bound."
-        )
-    return distance.clamp_min(LOSS_FLOOR)
-
-
 def _directions(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Indices of the gradients that aren't zero [M], their norms [M] and the cosines between them [M, M]."""
     alive = (gram.diagonal() > 0).nonzero().squeeze(1)
@@ -488,23 +343,3 @@ def _directions(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _spread(values: Tensor, places: Tensor, count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.float64).index_copy_(0, places, values)
-
-
-def _require_finite_gram(gram: Tensor) -> None:
-    # An objective that is finite itself has NaN beside one that isn't, so the diagonal says whose fault it is.
-    require_finite("the squared norm of the gradient", gram.diagonal(), index_name="objective")
-    require_finite("the inner product of the gradients", gram, index_name="objectives")
-
-
-def _check_shards(gradients: Sequence[Sequence[Tensor]], is_replicated: Sequence[bool] | None) -> None:
-    if not gradients:
-        raise ValueError("gradients must hold at least one objective, got none")
-    shapes = [tensor.shape for tensor in gradients[0]]
-    for index, objective in enumerate(gradients):
-        if [tensor.shape for tensor in objective] != shapes:
-            raise ValueError(
-                f"gradients of objective {index} must have the tensors of objective 0, {[list(s) for s in shapes]}, "
-                f"got {[list(tensor.shape) for tensor in objective]}"
-            )
-    if is_replicated is not None and len(is_replicated) != len(shapes):
-        raise ValueError(f"is_replicated must have {len(shapes)} entries, one a tensor, got {len(is_replicated)}")
