@@ -153,7 +153,7 @@ def sapo(inputs: LossInputs, options: SapoOptions) -> TokenLoss:
     sigmoid: 1 on policy, falling smoothly on both sides. Nothing is clipped.
     """
     ratio = ratio_of(inputs.log_probs, inputs.proximal_log_probs)
-    temperature = torch.where(inputs.advantages > 0, options.positive, options.negative).to(ratio)
+    temperature = torch.full_like(ratio, options.negative).masked_fill(inputs.advantages > 0, options.positive)
     gate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
     return TokenLoss(-gate * inputs.advantages)
 

@@ -39,7 +39,9 @@ def decoupled(inputs: LossInputs, options: DecoupledOptions) -> TokenLoss:
     weight is to the policy that sampled, the trust region around the policy at the start of the update. The same as
     `clip` with the correction token_truncated bounded by `max_weight`: the rollout correction must be none.
     """
-    weight = ratio_of(inputs.proximal_log_probs, inputs.behaviour_log_probs).clamp(max=options.max_weight)
+    weight = ratio_of(inputs.proximal_log_probs, inputs.behaviour_log_probs)
+    if options.max_weight is not None:
+        weight = weight.clamp(max=options.max_weight)
     loss = clip(inputs, options)
     return TokenLoss(weight * loss.values, loss.is_clipped_low, loss.is_clipped_high)
 
@@ -66,7 +68,8 @@ def _divergence_masked(inputs: LossInputs, divergence: Tensor, options: DppoOpti
     is_outside = divergence > options.max_divergence
     is_low = is_outside & (advantages < 0) & (ratio < 1)
     is_high = is_outside & (advantages > 0) & (ratio > 1)
-    weight = ratio.clamp(max=options.max_ratio).masked_fill(is_low | is_high, 0.0)
+    weight = ratio if options.max_ratio is None else ratio.clamp(max=options.max_ratio)
+    weight = weight.masked_fill(is_low | is_high, 0.0)
     # 1 by value; its gradient is that of log pi.
     one = 1 + log_probs - log_probs.detach()
     return TokenLoss(-weight * advantages * one, is_low, is_high)

@@ -140,7 +140,6 @@ def kl_cov(inputs: LossInputs, options: KlCovOptions) -> TokenLoss:
     has |log r|, which isn't an estimate of the KL and pulls with the same force however near the token is. Covariances
     are those at the start of the update. Nothing is clipped.
     """
-    is_held = marks_of(inputs)
     log_ratio = (inputs.log_probs - inputs.proximal_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    kl = log_ratio.expm1() - log_ratio
-    return TokenLoss(-log_ratio.exp() * inputs.advantages + options.coefficient * is_held * kl)
+    kl = (log_ratio.expm1() - log_ratio).masked_fill(~marks_of(inputs), 0.0)
+    return TokenLoss(-log_ratio.exp() * inputs.advantages + options.coefficient * kl)

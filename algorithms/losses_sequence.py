@@ -19,12 +19,13 @@ def mean_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
     """Mean log-ratio of each sequence's trained tokens: the logarithm of the ratios' geometric mean.
 
     Args:
-        log_ratio: [B, T] float, nats, 0 outside the mask.
+        log_ratio: [B, T] float, nats; entries outside the mask play no part and get no gradient.
         mask: [B, T] bool, the trained tokens.
     Returns:
         [B, 1] float, within ±20; 0 for a row without a trained token.
     """
-    mean = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    inside = torch.where(mask, log_ratio, torch.zeros_like(log_ratio))
+    mean = inside.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
     return mean.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
