@@ -1,4 +1,4 @@
-"""Preference losses on single answers that were found good or bad, and what they remember or need of the whole batch."""
+"""Preference losses on single answers, found good or bad, and what they remember or need of the whole batch."""
 
 from __future__ import annotations
 
