@@ -46,13 +46,14 @@ def grpo_pass_at_k(inputs: AdvantageInputs, options: PassAtKOptions) -> Tensor:
     groups = Groups.of(inputs.group)
     ranked = _Ranked.of(inputs.rewards, groups)
     rewards, rank, size, k = ranked.rewards, ranked.rank, ranked.size, options.k
-    ranked_groups = Groups(ranked.owner, groups.count)
     of_all = _choose(rank - 1, k - 1, size, k)
-    mean = ranked_groups.sum(of_all * rewards)[ranked.owner]
-    variance = ranked_groups.sum(of_all * (rewards - mean).square())[ranked.owner]
-    later = _choose(rank - 2, k - 2, size - 1, k - 1) * rewards
-    up_to = later.cumsum(0)
-    own = _choose(rank - 1, k - 1, size - 1, k - 1) * rewards + up_to[ranked.last] - up_to
+    mean = ranked.mean(rewards, of_all)
+    variance = ranked.mean((rewards - mean).square(), of_all)
+    of_later = _choose(rank - 2, k - 2, size - 1, k - 1)
+    of_own = _choose(rank - 1, k - 1, size - 1, k - 1)
+    # Divided by the weights' own sum, which is 1 up to their rounding: a small spread would blow that up.
+    total = of_own + ranked.after(of_later)
+    own = (of_own * rewards + ranked.after(of_later * rewards)) / torch.where(size > k, total, 1.0)
     advantages = torch.where(size > k, (own - mean) / (variance.sqrt() + STD_EPSILON), torch.zeros_like(own))
     return torch.empty_like(inputs.rewards).index_copy_(0, ranked.order, advantages.to(inputs.rewards.dtype))
 
@@ -121,6 +122,17 @@ class _Ranked:
         end = size.cumsum(0)
         rank = torch.arange(1, len(order) + 1, device=order.device) - (end - size)[owner]
         return cls(order, owner, shifted[order], rank.double(), size[owner].double(), end[owner] - 1)
+
+    def mean(self, values: Tensor, weights: Tensor) -> Tensor:
+        """Weighted mean of [samples] values over their group, for each sample; 0 without any weight."""
+        groups = Groups(self.owner, int(self.owner[-1]) + 1)
+        total = groups.sum(weights)
+        return (groups.sum(weights * values) / torch.where(total > 0, total, 1.0))[self.owner]
+
+    def after(self, values: Tensor) -> Tensor:
+        """Sum of [samples] values over the places behind each in its group."""
+        running = values.cumsum(0)
+        return running[self.last] - running
 
 
 def _choose(upper: Tensor, lower: int, of_upper: Tensor, of_lower: int) -> Tensor:

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from algorithms.advantages import STD_EPSILON
-from algorithms.groups import Groups, centre
+from algorithms.groups import Groups
 from algorithms.inputs import AdvantageInputs
 from algorithms.registry import Need, Options, advantage_estimator
 
@@ -236,5 +236,7 @@ def whitened(values: Tensor, mask: Tensor) -> Tensor:
     inside = values[mask]
     if len(inside) == 0:
         return torch.zeros_like(values)
-    centred = centre(inside, Groups.one(torch.zeros(len(inside), dtype=torch.int64, device=inside.device)))
-    return torch.zeros_like(values).masked_scatter(mask, centred.values / (centred.std + STD_EPSILON))
+    shifted = inside - inside.min()
+    centred = shifted - shifted.mean()
+    std = (centred.square().sum() / max(1, len(centred) - 1)).sqrt()
+    return torch.zeros_like(values).masked_scatter(mask, centred / (std + STD_EPSILON))
