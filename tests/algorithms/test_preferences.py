@@ -35,13 +35,12 @@ def tensor(*values: float) -> Tensor:
 def pairs(
     chosen: Tensor, rejected: Tensor, reference: tuple[Tensor, Tensor] | None = None, tokens: tuple[int, int] = (4, 2)
 ) -> PreferenceInputs:
-    by_side = [
-        AnswerLogProbs(
-            policy, torch.full(policy.shape, count, dtype=torch.int64), None if reference is None else reference[side]
-        )
-        for side, (policy, count) in enumerate(zip((chosen, rejected), tokens, strict=True))
-    ]
-    return PreferenceInputs(*by_side)
+    chosen_reference, rejected_reference = reference or (None, None)
+    chosen_tokens, rejected_tokens = (torch.full(chosen.shape, count, dtype=torch.int64) for count in tokens)
+    return PreferenceInputs(
+        AnswerLogProbs(chosen, chosen_tokens, chosen_reference),
+        AnswerLogProbs(rejected, rejected_tokens, rejected_reference),
+    )
 
 
 def random_pairs(count: int, seed: int, scale: float = 5.0) -> PreferenceInputs:
