@@ -179,7 +179,7 @@ def test_normalised_forgets_each_components_scale_and_offset(
         combine_rewards("normalised", inputs_of(moved, None, group)),
         combine_rewards("normalised", inputs_of(rows, None, group)),
         rtol=1e-3,
-        atol=1e-5,
+        atol=5e-3,  # the 1e-6 in the denominator, against deviations of down to 1/80
     )
 
 
