@@ -100,6 +100,9 @@ class CriticConfig(BaseModel):
 
     path: Path | None = Field(None, description="Folder its body starts from; by default the policy's.")
     learning_rate: float = Field(1e-5, gt=0.0, description="Peak learning rate.")
+    trace_decay: float = Field(
+        1.0, ge=0.0, le=1.0, description="Lambda of the returns it learns; 1 is the reward to come, without bias."
+    )
     clip: float | None = Field(
         0.2, gt=0.0, description="Keep a new value within this of the old one in the loss; null for no bound."
     )

@@ -6,7 +6,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from algorithms import advantages, losses  # noqa: F401  registered by being imported
+import algorithms.advantages
+import algorithms.aggregation
+import algorithms.combination
+import algorithms.correction
+import algorithms.dynamic_preferences
+import algorithms.gradients
+import algorithms.image_negatives
+import algorithms.inference_aware
+import algorithms.kl
+import algorithms.losses
+import algorithms.losses_behaviour
+import algorithms.losses_covariance
+import algorithms.losses_sequence
+import algorithms.multimodal_preferences
+import algorithms.pass_at_k
+import algorithms.preferences
+import algorithms.returns
+import algorithms.reward_models
+import algorithms.shaping
+import algorithms.span_preferences
+import algorithms.unpaired_preferences  # noqa: F401  all of them registered by being imported
 from algorithms.config import AlgorithmConfig
 from algorithms.registry import (
     ADVANTAGE_ESTIMATORS,

@@ -64,10 +64,21 @@ class AlgorithmConfig(BaseModel):
     combination: str = Field("weighted_sum", description="How reward components become one reward.")
     combination_options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
     shaping: tuple[ShapingConfig, ...] = Field((), description="Adjustments of the rewards, in order.")
+    train_on_truncated: bool = Field(
+        True, description="Whether completions cut off by the token limit are learned from; they are rewarded anyway."
+    )
     advantage: str = Field("grpo", description="A registered advantage estimator.")
     advantage_options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
     credit: Literal["trajectory", "turn"] = Field(
         "trajectory", description="What is compared and credited: whole completions, or each turn of the policy."
+    )
+    turn_discount: float = Field(
+        0.0, ge=0.0, le=1.0, description="With credit by turn: weight of the next turn's reward, and so on."
+    )
+    answer_pattern: str | None = Field(
+        None,
+        description="Regular expression of a completion's final answer, its first group counts; null takes all of it. "
+        "For methods that ask which completions agree.",
     )
     difficulty_weighting: bool = Field(
         False, description="Weigh groups by 4 p(1 - p), with p the group's mean reward between its bounds."

@@ -17,6 +17,7 @@ from rollout.failures import Failure, FailureError, FailureKind
 
 STATE = "state.json"
 POLICY = "policy"
+CRITIC = "critic"
 NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -48,6 +49,7 @@ class RunState(BaseModel):
         version: policy version, which is the number of training steps done.
         cursor: state of the prompt cursor, prompts of groups that were open given back.
         kl_controller: state of the KL controller.
+        multipliers: state of the multipliers of constrained rewards.
         best: the best evaluation so far.
         evaluated: the version last evaluated; -1 for none.
         mlflow_run_id: MLflow run to go on with; None where the server was not reached yet.
@@ -59,6 +61,7 @@ class RunState(BaseModel):
     version: int = Field(0, ge=0)
     cursor: dict[str, Any] = Field(default_factory=dict)
     kl_controller: dict[str, float] = Field(default_factory=dict)
+    multipliers: dict[str, float] = Field(default_factory=dict)
     best: BestMetric | None = None
     evaluated: int = -1
     mlflow_run_id: str | None = None
@@ -94,12 +97,17 @@ class Checkpoints:
         """Whether the policy of this version is kept whole."""
         return (self._path(version) / STATE).is_file()
 
-    async def write(self, state: RunState, save_policy: Callable[[Path], Awaitable[None]]) -> Path:
-        """Write a checkpoint: policy first, state last, then one rename.
+    async def write(
+        self,
+        state: RunState,
+        save_policy: Callable[[Path], Awaitable[None]],
+        save_critic: Callable[[Path], Awaitable[None]] | None = None,
+    ) -> Path:
+        """Write a checkpoint: policy and critic first, state last, then one rename.
 
         Raises:
             CheckpointError: the disk refused (`checkpoint_disk_full`, `checkpoint_write_failed`).
-            FailureError: the policy couldn't save its state.
+            FailureError: policy or critic couldn't save its state.
         Whatever is raised, the half-written folder is removed and older checkpoints stay as they are.
         """
         final = self._path(state.version)
@@ -110,6 +118,8 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             await save_policy(temporary / POLICY)
+            if save_critic is not None:
+                await save_critic(temporary / CRITIC)
             _write_durably(temporary / STATE, state.model_dump_json(indent=2))
             _sync(temporary)
             shutil.rmtree(final, ignore_errors=True)

@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from orchestrator.config import Config, DataConfig, SFTConfig
     from reward.config import RewardConfig
 
-GROUP_ADVANTAGES = frozenset({"grpo", "dr_grpo", "rloo"})
-"""Estimators that compare the samples of one prompt, and so need at least two of them."""
-
 
 def problems(config: Config) -> list[str]:
     """Combinations of a training run's settings that can't work, one sentence each."""
@@ -151,31 +148,21 @@ def _rollout_problems(config: Config) -> list[str]:
 
 
 def _algorithm_problems(config: Config) -> list[str]:
-    found = []
-    algorithm, correction = config.algorithm, config.algorithm.correction
-    if config.rollout.group_size == 1 and algorithm.advantage in GROUP_ADVANTAGES:
+    from algorithms import choices  # torch, which a look at a recipe without a run needn't load
+    from algorithms.registry import ADVANTAGE_ESTIMATORS
+
+    algorithm = config.algorithm
+    found = choices.problems(algorithm, modules_imported=False)
+    known = algorithm.advantage in ADVANTAGE_ESTIMATORS
+    if known and config.rollout.group_size == 1 and ADVANTAGE_ESTIMATORS.get(algorithm.advantage).compares_group:
         found.append(
             f"rollout.group_size = 1 with algorithm.advantage = {algorithm.advantage} makes every advantage zero, "
             "because it compares the samples of one prompt. Raise it to at least 2, or choose another estimator."
         )
-    if algorithm.loss == "nll":
+    if algorithm.gradient_combination is not None and len(config.reward.components) < 2:
         found.append(
-            "algorithm.loss = nll imitates given answers and takes no reward. Use `counterpoint sft` for it, or a "
-            "policy loss such as clip."
-        )
-    if algorithm.kl.controller == "adaptive" and algorithm.kl.coefficient == 0.0:
-        found.append(
-            "algorithm.kl.controller = adaptive multiplies algorithm.kl.coefficient, and 0 stays 0. Set a coefficient "
-            "above 0 to start from."
-        )
-    if correction.method != "none" and correction.high < 1.0:
-        found.append(
-            f"algorithm.correction.high = {correction.high} cuts even the weight of samples that agree (1). "
-            "Set it to at least 1."
-        )
-    if correction.method == "token_masked" and correction.low >= 1.0:
-        found.append(
-            f"algorithm.correction.low = {correction.low} masks even tokens that agree (weight 1). Set it below 1."
+            f"algorithm.gradient_combination = {algorithm.gradient_combination} combines the gradients of reward "
+            "components, and reward.components has only one. Name at least two, or leave it out."
         )
     if algorithm.kl.coefficient > 0.0 and config.reference.micro_batch_tokens < config.model.max_length:
         found.append(

@@ -8,7 +8,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from actors.config import DeadlineConfig, GeneratorConfig, ModelConfig, ReferenceConfig, TrainerConfig, WeightsConfig
+from actors.config import (
+    CriticConfig,
+    DeadlineConfig,
+    GeneratorConfig,
+    ModelConfig,
+    ReferenceConfig,
+    TrainerConfig,
+    WeightsConfig,
+)
 from algorithms.config import AlgorithmConfig
 from orchestrator import combinations
 from reward.config import RewardConfig
@@ -118,6 +126,7 @@ class ClusterConfig(BaseModel):
         None, description="Address of a running Ray cluster ('auto' finds one); null starts a local one."
     )
     policy: RoleResources = RoleResources()
+    critic: RoleResources = RoleResources()
     generator: RoleResources = RoleResources()
     reference: RoleResources = RoleResources()
     reward: RoleResources = RoleResources()
@@ -135,6 +144,7 @@ class Config(BaseModel):
     reward: RewardConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
     trainer: TrainerConfig = TrainerConfig()
+    critic: CriticConfig = CriticConfig()
     generator: GeneratorConfig = GeneratorConfig()
     reference: ReferenceConfig = ReferenceConfig()
     weights: WeightsConfig = WeightsConfig()

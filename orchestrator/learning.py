@@ -3,16 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from algorithms.advantages import estimate_advantages
-from algorithms.config import AlgorithmConfig
-from algorithms.kl import kl_penalised_rewards
-from rollout.samples import FinishReason, ScoredGroup, TrainingSample
+from algorithms import choices
+from algorithms.combination import CombinationInputs, combine_rewards, component_means
+from algorithms.constraints import ConstrainedOptions, LagrangeMultipliers
+from algorithms.estimation import estimate_advantages, weigh_by_difficulty
+from algorithms.inputs import AdvantageInputs
+from algorithms.kl import kl_token_rewards
+from algorithms.registry import ADVANTAGE_ESTIMATORS, REWARD_COMBINATIONS, Need
+from algorithms.shaping import ShapingInputs, shape_rewards
+from algorithms.values import lambda_returns
+from orchestrator.config import Config
+from reward.scoring import component_labels
+from reward.verifiers import extract
+from rollout.samples import FinishReason, Score, ScoredGroup, TrainingSample
+
+
+@dataclass(frozen=True)
+class Appraisal:
+    """A batch, and what was found of it.
+
+    Attributes:
+        samples: with advantages.
+        metrics: of rewards and advantages.
+        component_means: mean reward by component, what multipliers learn from.
+    """
+
+    samples: list[TrainingSample]
+    metrics: dict[str, float]
+    component_means: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Components:
+    """Rewards by component: [samples, components] each.
+
+    Attributes:
+        names: of the columns; a dict's entries are columns of their own ("function/key").
+        values: float64, 0 where there is none.
+        is_present: bool.
+        weights: [components] float64.
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
+    is_present: Tensor
+    weights: Tensor
 
 
 def as_samples(groups: Sequence[ScoredGroup]) -> list[TrainingSample]:
@@ -42,36 +84,232 @@ def with_proximal(samples: Sequence[TrainingSample], log_probs: Sequence[NDArray
     return [replace(s, proximal_log_probs=p) for s, p in zip(samples, log_probs, strict=True)]
 
 
-def with_advantages(
-    samples: Sequence[TrainingSample], groups: Sequence[ScoredGroup], config: AlgorithmConfig, kl_coefficient: float
-) -> list[TrainingSample]:
-    """The samples with the advantage of their completion on every token.
+def with_values(samples: Sequence[TrainingSample], values: Sequence[NDArray[np.float32]]) -> list[TrainingSample]:
+    """The samples with the critic's values."""
+    return [replace(s, values=v) for s, v in zip(samples, values, strict=True)]
 
-    Where the recipe places the KL in the reward, each reward is first lowered by the coefficient times the
-    completion's KL to the reference, under the distribution it was sampled from.
 
-    Raises:
-        NonFiniteError: a reward or advantage is NaN or infinite; names the sample.
+def components_of(scores: Sequence[Score], weights: dict[str, float]) -> Components:
+    """The rewards of completions by component.
+
+    Args:
+        weights: by the label of the component in the recipe.
     """
-    rewards = torch.tensor([s.value for g in groups for s in g.scores], dtype=torch.float64)
-    group = torch.tensor([i for i, g in enumerate(groups) for _ in g.scores], dtype=torch.int64)
-    if config.kl.placement == "reward" and kl_coefficient > 0:
-        lengths = torch.tensor([len(s.token_ids) for s in samples])
-        owner = torch.repeat_interleave(torch.arange(len(samples)), lengths)
-        behaviour = torch.from_numpy(np.concatenate([s.behaviour_log_probs for s in samples]))
-        reference = torch.from_numpy(np.concatenate([_reference(s) for s in samples]))
-        rewards, _ = kl_penalised_rewards(rewards, behaviour, reference, owner, kl_coefficient)
-    advantages = estimate_advantages(config.advantage, rewards, group).tolist()
+    parts = [score.components for score in scores]
+    names = tuple(sorted({name for part in parts for name in part}))
+    table = np.array([[part.get(name, np.nan) for name in names] for part in parts], dtype=np.float64)
+    is_present = ~np.isnan(table.reshape(len(parts), len(names)))
+    by_name = [next((w for label, w in weights.items() if f"{name}/".startswith(f"{label}/")), 1.0) for name in names]
+    return Components(
+        names,
+        torch.from_numpy(np.where(is_present, table.reshape(is_present.shape), 0.0)),
+        torch.from_numpy(is_present),
+        torch.tensor(by_name, dtype=torch.float64),
+    )
+
+
+class Appraiser:
+    """Makes advantages of a batch's rewards as the recipe says: combination, shapes, KL, estimator, weighting."""
+
+    def __init__(self, config: Config, multipliers: dict[str, float] | None = None) -> None:
+        """Args:
+        config: the recipe; the user's own methods must have been imported.
+        multipliers: state of the multipliers of constrained rewards, from a checkpoint.
+        """
+        self._algorithm = config.algorithm
+        self._max_tokens = config.rollout.sampling.max_tokens
+        labels = component_labels(config.reward.components)
+        self._weights = {label: c.weight for label, c in zip(labels, config.reward.components, strict=True)}
+        self._multipliers = self._first_multipliers(multipliers)
+        self._advantage_options = ADVANTAGE_ESTIMATORS.get(self._algorithm.advantage).read_options(
+            self._algorithm.advantage_options, "algorithm.advantage_options"
+        )
+        self._critic_trace_decay = config.critic.trace_decay
+        self.needs = choices.needs(self._algorithm)
+
+    def _first_multipliers(self, state: dict[str, float] | None) -> LagrangeMultipliers | None:
+        algorithm = self._algorithm
+        combination = REWARD_COMBINATIONS.get(algorithm.combination)
+        options = combination.read_options(algorithm.combination_options, "algorithm.combination_options")
+        if not isinstance(options, ConstrainedOptions):
+            return None
+        multipliers = LagrangeMultipliers.of(options)
+        return multipliers.restored(state) if state else multipliers
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {} if self._multipliers is None else self._multipliers.state()
+
+    def learned(self, appraisal: Appraisal) -> None:
+        """The policy has learned from the batch: multipliers move with what it was worth."""
+        if self._multipliers is not None:
+            self._multipliers = self._multipliers.update(appraisal.component_means)
+
+    def appraise(
+        self,
+        samples: Sequence[TrainingSample],
+        groups: Sequence[ScoredGroup],
+        kl_coefficient: float,
+        collision: Sequence[NDArray[np.float32]] | None = None,
+    ) -> Appraisal:
+        """The samples with the advantage of each completion token.
+
+        Where the recipe places the KL in the reward, each token's reward is lowered by the coefficient times its KL to
+        the reference, under the distribution it was sampled from.
+
+        Args:
+            samples: of all groups' completions, in order, with what the recipe's methods need.
+            groups: scored.
+            kl_coefficient: the KL's weight, where it is placed in the reward.
+            collision: [tokens] each, the sum of squared probabilities at each token, for estimators that need it.
+        Raises:
+            NonFiniteError: a reward or advantage is NaN or infinite; names the sample.
+            ValueError: something that a method needs is missing.
+        """
+        table = components_of([score for g in groups for score in g.scores], self._weights)
+        inputs = self._inputs(samples, groups, table, kl_coefficient, collision)
+        multipliers = {} if self._multipliers is None else self._multipliers.values
+        metrics = {f"reward/multiplier/{name}": value for name, value in multipliers.items()}
+        metrics["reward/combined_mean"] = float(inputs.rewards.mean())
+        lengths = inputs.lengths.tolist()
+        advantages = self._advantages(inputs).to(torch.float32).split(lengths)
+        made = [replace(s, advantages=a.numpy()) for s, a in zip(samples, advantages, strict=True)]
+        if Need.VALUES in self.needs:
+            discount = getattr(self._advantage_options, "discount", 1.0)
+            returns = lambda_returns(inputs, discount, self._critic_trace_decay).to(torch.float32).split(lengths)
+            made = [replace(s, returns=r.numpy()) for s, r in zip(made, returns, strict=True)]
+        if not self._algorithm.train_on_truncated:
+            made = _without_truncated(made, groups)
+        if self._algorithm.gradient_combination is not None:
+            made = self._with_objectives(made, inputs, table)
+        return Appraisal(made, metrics, component_means(self._table(table, inputs.group)))
+
+    def _inputs(
+        self,
+        samples: Sequence[TrainingSample],
+        groups: Sequence[ScoredGroup],
+        table: Components,
+        kl_coefficient: float,
+        collision: Sequence[NDArray[np.float32]] | None,
+    ) -> AdvantageInputs:
+        group = torch.tensor([i for i, g in enumerate(groups) for _ in g.scores], dtype=torch.int64)
+        mask = torch.from_numpy(np.concatenate([s.loss_mask for s in samples]))
+        inputs = AdvantageInputs(
+            rewards=torch.zeros(len(samples), dtype=torch.float64),
+            group=group,
+            lengths=torch.tensor([len(s.token_ids) for s in samples]),
+            mask=mask,
+            components=table.values,
+            is_present=table.is_present,
+            component_weights=table.weights,
+            component_names=table.names,
+            values=_packed(samples, "values") if Need.VALUES in self.needs else None,
+            log_probs=_packed(samples, "proximal_log_probs") if Need.PROXIMAL_LOG_PROBS in self.needs else None,
+            collision=None if collision is None else torch.from_numpy(np.concatenate(collision)).double(),
+            answers=_answers(groups, self._algorithm.answer_pattern),
+            token_rewards=self._kl_rewards(samples, mask, kl_coefficient),
+        )
+        rewards = self._shaped(self._combined(table, group), inputs, samples, groups)
+        return replace(inputs, rewards=rewards, greedy_rewards=self._greedy_rewards(groups, group))
+
+    def _table(self, table: Components, group: Tensor) -> CombinationInputs:
+        return CombinationInputs(table.values, table.is_present, table.weights, table.names, group, self._multipliers)
+
+    def _combined(self, table: Components, group: Tensor) -> Tensor:
+        algorithm = self._algorithm
+        return combine_rewards(algorithm.combination, self._table(table, group), algorithm.combination_options)
+
+    def _shaped(
+        self,
+        rewards: Tensor,
+        inputs: AdvantageInputs,
+        samples: Sequence[TrainingSample],
+        groups: Sequence[ScoredGroup],
+    ) -> Tensor:
+        if not self._algorithm.shaping:
+            return rewards
+        finished = [c.finish_reason for g in groups for c in g.generation.completions]
+        shaping = ShapingInputs(
+            rewards=rewards,
+            lengths=inputs.lengths,
+            is_truncated=torch.tensor([reason is FinishReason.LENGTH for reason in finished]),
+            token_ids=torch.from_numpy(np.concatenate([s.token_ids for s in samples])).long(),
+            sample=inputs.sample,
+            max_tokens=self._max_tokens,
+        )
+        for shape in self._algorithm.shaping:
+            shaping = replace(shaping, rewards=shape_rewards(shape.name, shaping, shape.options))
+        return shaping.rewards
+
+    def _greedy_rewards(self, groups: Sequence[ScoredGroup], group: Tensor) -> Tensor | None:
+        """The greedy completion's reward of each sample's prompt, combined as the samples' are."""
+        if Need.GREEDY_REWARDS not in self.needs:
+            return None
+        scores = [g.greedy_score for g in groups if g.greedy_score is not None]
+        if len(scores) != len(groups):
+            raise ValueError(f"{len(groups) - len(scores)} of {len(groups)} groups have no greedy completion")
+        return self._combined(components_of(scores, self._weights), torch.arange(len(groups)))[group]
+
+    def _kl_rewards(self, samples: Sequence[TrainingSample], mask: Tensor, coefficient: float) -> Tensor | None:
+        kl = self._algorithm.kl
+        if kl.placement != "reward" or coefficient == 0.0:
+            return None
+        if any(sample.reference_log_probs is None for sample in samples):
+            raise ValueError("algorithm.kl.placement = reward needs the reference model's log-probabilities")
+        behaviour, reference = _packed(samples, "behaviour_log_probs"), _packed(samples, "reference_log_probs")
+        return kl_token_rewards(behaviour, reference, coefficient, kl.estimator, mask=mask)
+
+    def _advantages(self, inputs: AdvantageInputs) -> Tensor:
+        algorithm = self._algorithm
+        advantages = estimate_advantages(
+            algorithm.advantage,
+            inputs,
+            algorithm.advantage_options,
+            credit=algorithm.credit,
+            turn_discount=algorithm.turn_discount,
+        )
+        return weigh_by_difficulty(advantages, inputs) if algorithm.difficulty_weighting else advantages
+
+    def _with_objectives(
+        self, samples: Sequence[TrainingSample], inputs: AdvantageInputs, table: Components
+    ) -> list[TrainingSample]:
+        """The samples with advantages by component, each estimated as if it were the only reward."""
+        rows = []
+        for index, name in enumerate(table.names):
+            if not bool(table.is_present[:, index].all()):
+                missing = int((~table.is_present[:, index]).nonzero()[0])
+                raise ValueError(
+                    f"algorithm.gradient_combination needs every reward component of every sample, and sample "
+                    f"{missing} has no {name}. Return it for all, or use algorithm.combination instead."
+                )
+            rewards = table.values[:, index] * table.weights[index]
+            rows.append(self._advantages(replace(inputs, rewards=rewards)))
+        by_sample = torch.stack(rows).to(torch.float32).split(inputs.lengths.tolist(), dim=1)
+        return [replace(s, objective_advantages=a.numpy()) for s, a in zip(samples, by_sample, strict=True)]
+
+
+def _without_truncated(samples: Sequence[TrainingSample], groups: Sequence[ScoredGroup]) -> list[TrainingSample]:
+    """The samples, those cut off by the token limit without a trained token (DAPO, arXiv 2503.14476, section 3.4)."""
+    finished = [c.finish_reason for g in groups for c in g.generation.completions]
     return [
-        replace(s, advantages=np.full(len(s.token_ids), a, dtype=np.float32))
-        for s, a in zip(samples, advantages, strict=True)
+        replace(s, loss_mask=np.zeros_like(s.loss_mask)) if reason is FinishReason.LENGTH else s
+        for s, reason in zip(samples, finished, strict=True)
     ]
 
 
-def _reference(sample: TrainingSample) -> NDArray[np.float32]:
-    if sample.reference_log_probs is None:
-        raise ValueError("algorithm.kl.placement = reward needs the reference model's log-probabilities")
-    return sample.reference_log_probs
+def _packed(samples: Sequence[TrainingSample], name: str) -> Tensor:
+    """A column of all samples' tokens end to end, [tokens] float64."""
+    missing = sum(getattr(sample, name) is None for sample in samples)
+    if missing:
+        raise ValueError(f"{missing} of {len(samples)} samples have no {name}, which the recipe's methods need")
+    return torch.from_numpy(np.concatenate([getattr(sample, name) for sample in samples])).double()
+
+
+def _answers(groups: Sequence[ScoredGroup], pattern: str | None) -> Tensor:
+    """[samples] int64, equal for completions that give the same answer; -1 where none can be read."""
+    known: dict[str, int] = {}
+    found = [extract(c.text, pattern) for g in groups for c in g.generation.completions]
+    return torch.tensor([-1 if text is None else known.setdefault(text, len(known)) for text in found])
 
 
 def batch_metrics(groups: Sequence[ScoredGroup], version: int) -> dict[str, float]:

@@ -13,14 +13,24 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from actors.critic import CriticGroup
 from actors.policy import PolicyGroup
 from algorithms.kl import AdaptiveKL, FixedKL
+from algorithms.registry import Need
 from orchestrator.checkpoints import BestMetric, Checkpoints, RunState
 from orchestrator.config import Config
 from orchestrator.evaluation import evaluate
 from orchestrator.fleet import GeneratorFleet
 from orchestrator.journal import Journal
-from orchestrator.learning import as_samples, batch_metrics, with_advantages, with_proximal, with_reference
+from orchestrator.learning import (
+    Appraisal,
+    Appraiser,
+    as_samples,
+    batch_metrics,
+    with_proximal,
+    with_reference,
+    with_values,
+)
 from orchestrator.mismatch import alarm, compare
 from orchestrator.record import sample_rows
 from orchestrator.reference import Reference
@@ -42,12 +52,14 @@ class Training:
 
     Attributes:
         config: the resolved recipe.
-        policy, fleet, reference, scorer: the roles; no reference where the KL has no weight.
+        policy, fleet, reference, scorer, critic: the roles; no reference where the KL has no weight, no critic where
+            the advantage estimator needs no values.
         rollouts: keeps the groups moving.
         cursor: where training stands in its prompts.
         held_out: prompts of the evaluation; empty for none.
         canaries: a few prompts by which trainer and generators are compared.
         controller: the KL's weight.
+        appraiser: makes advantages of rewards.
         state: what a checkpoint keeps.
         checkpoints, journal: where the run is kept and told.
     """
@@ -57,11 +69,13 @@ class Training:
     fleet: GeneratorFleet
     reference: Reference | None
     scorer: Scorer
+    critic: CriticGroup | None
     rollouts: Rollouts
     cursor: PromptCursor
     held_out: list[Prompt]
     canaries: list[Prompt]
     controller: FixedKL | AdaptiveKL
+    appraiser: Appraiser
     state: RunState
     checkpoints: Checkpoints
     journal: Journal
@@ -83,18 +97,18 @@ class Training:
             watch.add("generate", batch.generate_s)
             watch.add("score", batch.score_s)
             with watch("reference"):
-                samples = await self.appraise(batch)
+                appraisal = await self.appraise(batch)
             before, metrics = self.state.version, dict[str, float]()
             try:
                 with watch("learn"):
                     metrics |= await self.take_canary()
-                    await uninterrupted(self.learn(samples, metrics))
+                    await uninterrupted(self.learn(appraisal, metrics))
                 with watch("sync"):
                     metrics |= await self.publish()
                 self.check_agreement(metrics)
             finally:
                 if self.state.version > before:  # a step that was made is told, even if the run ends with it
-                    self.tell(batch, samples, metrics | watch.metrics())
+                    self.tell(batch, appraisal.samples, metrics | watch.metrics())
             await self.review()
 
     def is_due(self, every_steps: int) -> bool:
@@ -115,25 +129,37 @@ class Training:
                 await uninterrupted(self.checkpoint())
         self.journal.more(self.state.version, watch.named())
 
-    async def appraise(self, batch: Batch) -> list[TrainingSample]:
-        """The batch as training samples: reference log-probabilities, then advantages."""
+    async def appraise(self, batch: Batch) -> Appraisal:
+        """The batch as training samples with advantages, from the passes that the recipe's methods need."""
         samples = as_samples(batch.groups)
         if self.reference is not None:
             samples = with_reference(samples, await self.reference.log_probs(samples))
-        if self.config.trainer.updates_per_step > 1:
+        collision = None
+        if Need.COLLISION in self.appraiser.needs:
+            both = await self.policy.log_probs_and_collision(samples)
+            samples, collision = with_proximal(samples, [row[0] for row in both]), [row[1] for row in both]
+        elif self.config.trainer.updates_per_step > 1 or Need.PROXIMAL_LOG_PROBS in self.appraiser.needs:
             samples = with_proximal(samples, await self.policy.log_probs(samples))
-        return with_advantages(samples, batch.groups, self.config.algorithm, self.controller.coefficient)
+        if self.critic is not None:
+            samples = with_values(samples, await self.critic.values(samples))
+        return self.appraiser.appraise(samples, batch.groups, self.controller.coefficient, collision)
 
-    async def learn(self, samples: list[TrainingSample], metrics: dict[str, float]) -> None:
+    async def learn(self, appraisal: Appraisal, metrics: dict[str, float]) -> None:
         """One policy update, and everything that must change together with it; its figures are added to `metrics`."""
-        coefficient = self.controller.coefficient
+        coefficient, samples = self.controller.coefficient, appraisal.samples
         self.is_whole = False
-        metrics |= await self.policy.update(samples, kl_coefficient=coefficient)
+        if self.critic is not None:
+            metrics |= await self.critic.update(samples)
+        if self.critic is None or self.state.version >= self.config.critic.warmup_steps:
+            metrics |= await self.policy.update(samples, kl_coefficient=coefficient)
+        metrics |= appraisal.metrics
         metrics["train/kl_coefficient"] = coefficient
         self.state.version += 1
         self.is_whole = True
         self.rollouts.learned()
-        self.controller = self.controller.update(metrics.get("train/kl_reference", 0.0))
+        if "train/kl_reference" in metrics:
+            self.controller = self.controller.update(metrics["train/kl_reference"])
+        self.appraiser.learned(appraisal)
 
     async def publish(self) -> dict[str, float]:
         """Bring the current version to every generator; the next batch may be admitted then."""
@@ -238,8 +264,10 @@ class Training:
         """Write where the run stands, so that it can go on from exactly here."""
         self.state.cursor = self.cursor.state(self.rollouts.open_prompts)
         self.state.kl_controller = self.controller.state()
+        self.state.multipliers = self.appraiser.state()
         self.state.mlflow_run_id = self.journal.tracker.run_id
-        path = await self.checkpoints.write(self.state, self.policy.save)
+        save_critic = None if self.critic is None else self.critic.save
+        path = await self.checkpoints.write(self.state, self.policy.save, save_critic)
         self.journal.event("checkpoint", step=self.state.version, path=str(path))
 
 

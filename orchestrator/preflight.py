@@ -162,20 +162,14 @@ def _check_rewards(config: Config) -> list[Finding]:
 
 
 def _check_algorithm(config: Config) -> list[Finding]:
-    import algorithms.advantages
-    import algorithms.losses  # noqa: F401  both register what they define
-    from algorithms.registry import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, RegistryError
+    """The choices once more, now that the user's own methods are known."""
+    from algorithms import choices
 
-    found = []
-    for look_up, name in (
-        (ADVANTAGE_ESTIMATORS.get, config.algorithm.advantage),
-        (POLICY_LOSSES.get, config.algorithm.loss),
-    ):
-        try:
-            look_up(name)
-        except RegistryError as error:
-            found.append(Finding("error", str(error)))
-    return found
+    try:
+        import_modules(config.algorithm.modules)
+    except UserCodeError as error:
+        return [Finding("error", f"algorithm.modules: {error}")]
+    return _errors(choices.problems(config.algorithm))
 
 
 def _check_run_folder(config: Config | SFTConfig, resume: bool) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.fleet import NO_GENERATOR, GeneratorFleet
 from orchestrator.scorer import Scorer
-from rollout.config import RolloutConfig
+from rollout.config import RolloutConfig, SamplingConfig
 from rollout.cursor import PromptCursor
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.groups import (
@@ -101,7 +101,12 @@ class Rollouts:
         scorer: Scorer,
         ledger: Ledger,
         on_event: Callable[..., None],
+        with_greedy: bool = False,
     ) -> None:
+        """
+        Args:
+            with_greedy: also generate and score a greedy completion of each prompt, the baseline of some estimators.
+        """
         self._config = config
         self._scheduler = Scheduler(config.prompts_per_step, config.max_staleness, steps)
         self._next_batch = first_step
@@ -111,6 +116,7 @@ class Rollouts:
         self._scorer = scorer
         self._ledger = ledger
         self._on_event = on_event
+        self._with_greedy = with_greedy
         account = ledger.account()
         self._groups = Groups(admitted=account.admitted, consumed=account.consumed, dropped=account.dropped)
         self._prompts: dict[str, Prompt] = {}
@@ -211,9 +217,9 @@ class Rollouts:
         """One group's life up to READY or DROPPED."""
         try:
             self._apply(StartGeneration(group_id, time.time()))
-            generation = await self._generate(group_id, prompt, seed)
-            if isinstance(generation, Failure):
-                self._drop(group_id, generation)
+            generation, greedy = await self._generate_both(group_id, prompt, seed)
+            if isinstance(generation, Failure) or isinstance(greedy, Failure):
+                self._drop(group_id, generation if isinstance(generation, Failure) else greedy)  # type: ignore[arg-type]
                 return
             versions = [c.policy_versions for c in generation.completions if len(c)]
             low = min((int(v.min()) for v in versions), default=self._fleet.served_version)
@@ -221,18 +227,20 @@ class Rollouts:
             self._apply(FinishGeneration(group_id, generation.generator, low, high, time.time()))
             self._activity.change(scoring=1)
             try:
-                scores = await self._scorer.score(prompt, generation.completions)
+                baseline = greedy.completions if greedy is not None else ()
+                scores = await self._scorer.score(prompt, (*generation.completions, *baseline))
             finally:
                 self._activity.change(scoring=-1)
             if isinstance(scores, Failure):
                 self._drop(group_id, scores)
                 return
+            scores, greedy_score = (scores[:-1], scores[-1]) if baseline else (scores, None)
             values = [score.value for score in scores]
             self._apply(FinishScoring(group_id, sum(values) / len(values), time.time()))
             if self._config.drop_equal_rewards and len(set(values)) == 1:
                 self._drop(group_id, None)
                 return
-            self._scored[group_id] = ScoredGroup(group_id, prompt, generation, scores)
+            self._scored[group_id] = ScoredGroup(group_id, prompt, generation, scores, greedy_score)
             self._failed.append(False)
             self._equal_in_a_row = 0
         except Exception as error:  # whatever it is, the loop must hear of it and not wait for the group for ever
@@ -242,15 +250,26 @@ class Rollouts:
         self._tasks.discard(task)
         self._changed.set()
 
-    async def _generate(self, group_id: str, prompt: Prompt, seed: int) -> Generation | Failure:
-        """Completions of one group; what an infrastructure failure lost is generated anew, elsewhere if possible."""
+    async def _generate_both(
+        self, group_id: str, prompt: Prompt, seed: int
+    ) -> tuple[Generation | Failure, Generation | Failure | None]:
+        """The completions of one group, and beside them the greedy one where it is wanted."""
+        config = self._config
+        sampled = self._generate(group_id, prompt, config.group_size, config.sampling, seed)
+        if not self._with_greedy:
+            return await sampled, None
+        greedy = config.sampling.model_copy(update={"temperature": 0.0})
+        return await asyncio.gather(sampled, self._generate(f"{group_id}-greedy", prompt, 1, greedy, seed))
+
+    async def _generate(
+        self, group_id: str, prompt: Prompt, count: int, sampling: SamplingConfig, seed: int
+    ) -> Generation | Failure:
+        """Completions of one prompt; what an infrastructure failure lost is generated anew, elsewhere if possible."""
         last: Failure | None = None
         for attempt in range(self._config.max_attempts):
             self._activity.change(generating=1)
             try:
-                result = await self._fleet.generate(
-                    prompt, self._config.group_size, self._config.sampling, seed, f"{group_id}-{attempt}"
-                )
+                result = await self._fleet.generate(prompt, count, sampling, seed, f"{group_id}-{attempt}")
             except FailureError as error:
                 if error.failure.kind is not FailureKind.INFRASTRUCTURE or error.failure.reason == NO_GENERATOR:
                     raise

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.calls import Share
-from orchestrator.checkpoints import POLICY, Checkpoints, RunState
+from orchestrator.checkpoints import CRITIC, POLICY, Checkpoints, RunState
 from orchestrator.cluster import ray_cluster
 from orchestrator.config import Config, RoleResources
 from orchestrator.fleet import GeneratorFleet
@@ -27,6 +27,7 @@ from rollout.media import MediaStore
 from rollout.user_code import import_modules
 
 if TYPE_CHECKING:
+    from actors.critic import CriticGroup
     from actors.generator_handle import GeneratorHandle
     from actors.policy import PolicyGroup
     from actors.reference import ReferencePool
@@ -54,6 +55,7 @@ class Voices:
     fleet: GeneratorFleet
     reference: Reference | None
     scorer: Scorer
+    critic: CriticGroup | None
 
 
 def load_data(config: Config, media: MediaStore) -> Data:
@@ -96,6 +98,8 @@ async def start_training(
             tell_data(data, journal)
             if checkpoint is not None:
                 await voices.policy.load(checkpoint / POLICY)
+                if voices.critic is not None:
+                    await voices.critic.load(checkpoint / CRITIC)
             with Ledger(config.run.folder / "ledger.db") as ledger:
                 ledger.recover(at_s=time.time())
                 training = _training(config, state, checkpoints, journal, voices, data, ledger)
@@ -125,7 +129,10 @@ def _training(
     data: Data,
     ledger: Ledger,
 ) -> Training:
+    from algorithms.choices import needs
     from algorithms.kl import make_kl_controller
+    from algorithms.registry import Need
+    from orchestrator.learning import Appraiser
     from orchestrator.loop import Training
 
     prompts = data.train
@@ -142,6 +149,7 @@ def _training(
         scorer=voices.scorer,
         ledger=ledger,
         on_event=journal.event,
+        with_greedy=Need.GREEDY_REWARDS in needs(config.algorithm),
     )
     return Training(
         config,
@@ -149,11 +157,13 @@ def _training(
         voices.fleet,
         voices.reference,
         voices.scorer,
+        voices.critic,
         rollouts,
         cursor,
         list(data.held_out.prompts) if data.held_out else [],
         list(prompts.prompts[:CANARIES]),
         make_kl_controller(config.algorithm.kl, state.kl_controller or None),
+        Appraiser(config, state.multipliers or None),
         state,
         checkpoints,
         journal,
@@ -177,19 +187,21 @@ async def start_voices(config: Config, media_folder: Path, on_event: Callable[..
     reference = None
     if config.algorithm.kl.coefficient > 0:
         reference = Reference(lambda: start_reference(config, media_folder), on_event=on_event)
+    import_modules(config.algorithm.modules)  # the driver makes the advantages
     policy = asyncio.create_task(start_policy(config, media_folder))
+    critic = asyncio.create_task(start_critic(config, media_folder))
     others = [asyncio.create_task(fleet.start(config.generator.replicas)), asyncio.create_task(scorer.start())]
     if reference is not None:
         others.append(asyncio.create_task(reference.start()))
-    starts: list[asyncio.Task[Any]] = [policy, *others]
+    starts: list[asyncio.Task[Any]] = [policy, critic, *others]
     try:
         await asyncio.gather(*starts)
-        yield Voices(policy.result(), fleet, reference, scorer)
+        yield Voices(policy.result(), fleet, reference, scorer, critic.result())
     finally:
         for start in starts:
             start.cancel()
-        (trainer, *_) = await asyncio.gather(*starts, return_exceptions=True)
-        voices = (fleet, scorer, reference, None if isinstance(trainer, BaseException) else trainer)
+        learners = (await asyncio.gather(*starts, return_exceptions=True))[:2]
+        voices = (fleet, scorer, reference, *(each for each in learners if not isinstance(each, BaseException)))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2 * config.deadlines.stop_s):
                 await asyncio.gather(*(voice.stop() for voice in voices if voice is not None), return_exceptions=True)
@@ -216,6 +228,27 @@ async def start_policy(config: Config, media_folder: Path) -> PolicyGroup:
         weights=config.weights,
     )
     return await PolicyGroup.start(spec, share(config.cluster.policy))
+
+
+async def start_critic(config: Config, media_folder: Path) -> CriticGroup | None:
+    """The critic's ranks; None where the advantage estimator needs no values."""
+    from algorithms.choices import needs
+    from algorithms.registry import Need
+
+    if Need.VALUES not in needs(config.algorithm):
+        return None
+    from actors.critic import CriticGroup, CriticSpec
+
+    spec = CriticSpec(
+        model=config.model.model_copy(update={"path": config.critic.path or config.model.path}),
+        trainer=config.trainer.model_copy(update={"learning_rate": config.critic.learning_rate}),
+        deadlines=config.deadlines,
+        media_folder=media_folder.resolve(),
+        seed=config.run.seed,
+        total_updates=config.trainer.steps * config.trainer.updates_per_step,
+        clip=config.critic.clip,
+    )
+    return await CriticGroup.start(spec, share(config.cluster.critic))
 
 
 async def start_reference(config: Config, media_folder: Path) -> ReferencePool:

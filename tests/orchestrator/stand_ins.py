@@ -62,6 +62,7 @@ class Generator:
         self.loads: list[int] = []
         self.requests: list[tuple[str, int | None, int]] = []
         """Text of the prompt, seed, and version served when it was asked."""
+        self.temperatures: list[float] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.refused: dict[str, Failure] = {}
@@ -95,6 +96,7 @@ class Generator:
         await asyncio.sleep(0)
         if text in self.refused:
             return self.refused[text]
+        self.temperatures.append(sampling.temperature)
         completions = tuple(completion(f"{text}-{index}", self.version) for index in range(n))
         return Generation(PROMPT_TOKENS, completions, self.name, 0.0)
 
@@ -201,6 +203,25 @@ class Policy:
 
     async def save(self, folder: Path) -> None:
         self._act("save")
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(f"after {len(self.updates)} updates")
+
+
+class Critic:
+    """The critic's handle: says one value of every token, and keeps what it was given."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self.updates: list[list[TrainingSample]] = []
+
+    async def values(self, samples: list[TrainingSample]) -> list[np.ndarray]:
+        return [np.full(len(sample.token_ids), self.value, np.float32) for sample in samples]
+
+    async def update(self, samples: list[TrainingSample]) -> dict[str, float]:
+        self.updates.append(samples)
+        return {"critic/loss": 0.0}
+
+    async def save(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "weights").write_text(f"after {len(self.updates)} updates")
 

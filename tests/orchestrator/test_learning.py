@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from algorithms.config import AlgorithmConfig, KLConfig
-from orchestrator.learning import as_samples, batch_metrics, with_advantages, with_proximal, with_reference
-from rollout.samples import Completion, Generation, Score, ScoredGroup
+from orchestrator.config import Config
+from orchestrator.learning import Appraisal, Appraiser, as_samples, batch_metrics, with_proximal, with_reference
+from rollout.samples import Completion, Generation, Score, ScoredGroup, TrainingSample
 from tests.orchestrator.stand_ins import PROMPT_TOKENS, completion, prompt
 
-GRPO = AlgorithmConfig()
+
+def config(components: tuple[str, ...] = ("part",), **algorithm: Any) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"path": "model"},
+            "data": {"train": {"path": "train.jsonl"}},
+            "reward": {"components": [{"function": name, "weight": 2.0 - i} for i, name in enumerate(components)]},
+            "rollout": {"sampling": {"max_tokens": 4}},
+            "algorithm": algorithm,
+        }
+    )
+
+
+def appraise(
+    samples: list[TrainingSample], groups: list[ScoredGroup], kl_coefficient: float = 0.0, **algorithm: Any
+) -> list[TrainingSample]:
+    return appraisal(samples, groups, kl_coefficient, **algorithm).samples
+
+
+def appraisal(
+    samples: list[TrainingSample],
+    groups: list[ScoredGroup],
+    kl_coefficient: float = 0.0,
+    components: tuple[str, ...] = ("part",),
+    **algorithm: Any,
+) -> Appraisal:
+    return Appraiser(config(components, **algorithm)).appraise(samples, groups, kl_coefficient)
 
 
 def group(name: str, values: list[float], completions: list[Completion]) -> ScoredGroup:
+    """Scores whose one component has weight 2."""
+    return scored(name, [{"part": v / 2} for v in values], completions)
+
+
+def scored(name: str, components: list[dict[str, float]], completions: list[Completion]) -> ScoredGroup:
     generation = Generation(PROMPT_TOKENS, tuple(completions), "generator-0", 0.0)
-    return ScoredGroup(name, prompt(name), generation, tuple(Score(v, {"part": 2 * v}) for v in values))
+    return ScoredGroup(name, prompt(name), generation, tuple(Score(2 * c.get("part", 0.0), c) for c in components))
 
 
 def test_every_token_of_a_completion_carries_its_advantage_within_the_group() -> None:
@@ -24,7 +57,7 @@ def test_every_token_of_a_completion_carries_its_advantage_within_the_group() ->
         group("a", [1.0, 3.0], [completion("x", tokens=2), completion("y", tokens=3)]),
         group("b", [5.0, 5.0], [completion("z", tokens=1), completion("w", tokens=1)]),
     ]
-    samples = with_advantages(as_samples(groups), groups, GRPO, 0.0)
+    samples = appraise(as_samples(groups), groups)
     assert [s.advantages.shape for s in samples] == [(2,), (3,), (1,), (1,)]
     np.testing.assert_allclose(samples[0].advantages, -(0.5**0.5), atol=1e-5)
     np.testing.assert_allclose(samples[1].advantages, 0.5**0.5, atol=1e-5)
@@ -45,26 +78,26 @@ def test_a_kl_in_the_reward_lowers_it_by_the_completions_own_divergence_before_a
     # Coefficient 0.5. x: 2 tokens at -1, reference -1.5: k1 sums to 2 * 0.5 = 1, reward 1 - 0.5 * 1 = 0.5.
     # y: 2 tokens at -1, reference -1: k1 is 0, reward 0.5. Both are 0.5, so nothing is left to learn.
     groups = [group("a", [1.0, 0.5], [completion("x"), completion("y")])]
-    config = AlgorithmConfig(kl=KLConfig(coefficient=0.5, placement="reward", estimator="k1"))
+    kl = {"coefficient": 0.5, "placement": "reward", "estimator": "k1"}
     samples = with_reference(as_samples(groups), [np.float32([-1.5, -1.5]), np.float32([-1.0, -1.0])])
-    for sample in with_advantages(samples, groups, config, 0.5):
+    for sample in appraise(samples, groups, 0.5, kl=kl):
         np.testing.assert_allclose(sample.advantages, 0.0, atol=1e-6)
 
 
 def test_a_kl_in_the_loss_leaves_the_reward_alone() -> None:
     groups = [group("a", [1.0, 3.0], [completion("x"), completion("y")])]
-    config = AlgorithmConfig(kl=KLConfig(coefficient=0.5, placement="loss"))
+    kl = {"coefficient": 0.5, "placement": "loss"}
     samples = with_reference(as_samples(groups), [np.float32([-9.0, -9.0]), np.float32([-1.0, -1.0])])
-    without = with_advantages(as_samples(groups), groups, GRPO, 0.0)
-    for sample, plain in zip(with_advantages(samples, groups, config, 0.5), without, strict=True):
+    without = appraise(as_samples(groups), groups)
+    for sample, plain in zip(appraise(samples, groups, 0.5, kl=kl), without, strict=True):
         np.testing.assert_array_equal(sample.advantages, plain.advantages)
 
 
 def test_a_kl_in_the_reward_without_a_reference_is_refused() -> None:
     groups = [group("a", [1.0, 3.0], [completion("x"), completion("y")])]
-    config = AlgorithmConfig(kl=KLConfig(coefficient=0.5, placement="reward", estimator="k1"))
+    kl = {"coefficient": 0.5, "placement": "reward", "estimator": "k1"}
     with pytest.raises(ValueError, match="needs the reference"):
-        with_advantages(as_samples(groups), groups, config, 0.5)
+        appraise(as_samples(groups), groups, 0.5, kl=kl)
 
 
 def test_log_probabilities_at_the_start_of_the_update_stand_beside_their_samples() -> None:
@@ -82,10 +115,64 @@ def test_a_batch_is_described_by_its_rewards_lengths_and_staleness() -> None:
     ]
     found = batch_metrics(groups, version=5)
     assert found["reward/mean"] == 2.0
-    assert found["reward/component/part"] == 4.0
+    assert found["reward/component/part"] == 1.0
     assert found["reward/equal_groups_share"] == 0.5
     assert found["rollout/tokens"] == 12
     assert found["rollout/mean_tokens"] == 3
     assert found["rollout/max_staleness"] == 1
     assert found["rollout/staleness"] == 0.25
     assert found["rollout/min_staleness"] == 0
+
+
+def test_a_shape_adjusts_the_combined_reward_before_advantages() -> None:
+    # 4 of at most 4 tokens with a cache of 2: the overlong penalty takes 1 off. Rewards 1 and 1 - 1 = 0.
+    groups = [group("a", [1.0, 1.0], [completion("x", tokens=2), completion("y", tokens=4)])]
+    found = appraisal(
+        as_samples(groups), groups, advantage="dr_grpo", shaping=[{"name": "overlong", "options": {"cache_tokens": 2}}]
+    )
+    assert [float(s.advantages[0]) for s in found.samples] == [0.5, -0.5]
+    assert found.metrics["reward/combined_mean"] == 0.5
+
+
+def test_a_combination_sees_every_component_with_its_weight() -> None:
+    # minimum of (1, 0.25) and (0.5, 0.75), weights apart: 0.25 and 0.5, their mean 0.375.
+    parts = [{"part": 1.0, "style": 0.25}, {"part": 0.5, "style": 0.75}]
+    groups = [scored("a", parts, [completion("x"), completion("y")])]
+    with pytest.raises(ValueError, match="takes no weights"):
+        appraise(as_samples(groups), groups, components=("part", "style"), combination="minimum")
+    parts = [{"part/a": 1.0, "part/b": 0.25}, {"part/a": 0.5, "part/b": 0.75}]  # one function's dict: one weight
+    groups = [scored("a", parts, [completion("x"), completion("y")])]
+    samples = appraise(
+        as_samples(groups), groups, components=("other", "part"), advantage="dr_grpo", combination="minimum"
+    )
+    assert [float(s.advantages[0]) for s in samples] == [-0.125, 0.125]
+
+
+def test_with_gradients_kept_apart_each_component_has_advantages_of_its_own() -> None:
+    # Weights 2 and 1. part: 2 * (1, 0), mean 1; style: (0, 4), mean 2.
+    parts = [{"part": 1.0, "style": 0.0}, {"part": 0.0, "style": 4.0}]
+    groups = [scored("a", parts, [completion("x"), completion("y")])]
+    first, second = appraise(
+        as_samples(groups),
+        groups,
+        components=("part", "style"),
+        advantage="dr_grpo",
+        gradient_combination="mgda",
+    )
+    assert first.objective_advantages is not None
+    assert second.objective_advantages is not None
+    np.testing.assert_array_equal(first.objective_advantages, [[1.0, 1.0], [-2.0, -2.0]])
+    np.testing.assert_array_equal(second.objective_advantages, [[-1.0, -1.0], [2.0, 2.0]])
+    missing = [scored("a", [parts[0], {"part": 0.0}], [completion("x"), completion("y")])]
+    with pytest.raises(ValueError, match="sample 1 has no style"):
+        appraise(as_samples(missing), missing, components=("part", "style"), gradient_combination="mgda")
+
+
+def test_completions_agree_by_their_final_answer_where_the_recipe_says_how_to_find_it() -> None:
+    # By majority of 3 the answer "4" of two samples wins; the third differs. Rewards 1, 1, 0.
+    texts = ("so <answer>4</answer>", "well <answer>4</answer>", "<answer>5</answer>")
+    groups = [group("a", [1.0, 1.0, 0.0], [completion(text) for text in texts])]
+    settings = {"advantage": "inference_aware", "answer_pattern": "<answer>(.*?)</answer>"}
+    terms = {"terms": [{"transform": "majority", "n": 3}]}
+    samples = appraise(as_samples(groups), groups, advantage_options=terms, **settings)
+    assert samples[0].advantages[0] == samples[1].advantages[0] > samples[2].advantages[0]

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from algorithms.kl import make_kl_controller
 from orchestrator.checkpoints import Checkpoints, RunState, read_state
 from orchestrator.config import Config
 from orchestrator.journal import Journal
+from orchestrator.learning import Appraiser
 from orchestrator.loop import Training, uninterrupted
 from orchestrator.progress import Progress
 from orchestrator.record import Record
@@ -26,7 +28,7 @@ from rollout.failures import Failure, FailureError, FailureKind
 from rollout.ledger import Ledger
 from rollout.media import MediaStore
 from tests.conftest import overridden, rows, steps
-from tests.orchestrator.stand_ins import Events, Policy, RewardServer, fleet_of, prompt_set, scorer_of, until
+from tests.orchestrator.stand_ins import Critic, Events, Policy, RewardServer, fleet_of, prompt_set, scorer_of, until
 
 PLAIN = {
     "model": {"path": "model"},
@@ -57,7 +59,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Puts a run together from the plain recipe with overrides, anew or from its newest checkpoint."""
     with ExitStack() as stack:
 
-        async def make_run(*, held_out: int = 0, is_resumed: bool = False, **overrides: Any) -> Run:
+        async def make_run(*, held_out: int = 0, is_resumed: bool = False, critic: Any = None, **overrides: Any) -> Run:
             config = Config(**overridden(PLAIN, **{"run__folder": str(tmp_path), **overrides}))
             checkpoints = Checkpoints(tmp_path, keep=config.checkpoint.keep)
             latest = checkpoints.latest() if is_resumed else None
@@ -82,6 +84,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Any]]:
                 scorer=scorer,
                 ledger=ledger,
                 on_event=journal.event,
+                with_greedy=config.algorithm.advantage == "remax",
             )
             policy = Policy()
             training = Training(
@@ -90,11 +93,13 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Any]]:
                 fleet,
                 None,
                 scorer,
+                critic,
                 rollouts,
                 cursor,
                 list(prompts.prompts[:held_out]),
                 list(prompts.prompts[:2]),
                 make_kl_controller(config.algorithm.kl),
+                Appraiser(config, state.multipliers or None),
                 state,
                 checkpoints,
                 journal,
@@ -293,3 +298,55 @@ async def test_an_uninterrupted_act_ends_before_the_cancellation_is_heard() -> N
     with pytest.raises(asyncio.CancelledError):
         await task
     assert done == [True]
+
+
+async def test_a_critic_values_each_batch_learns_its_returns_and_is_kept_with_the_policy(
+    make: Callable[..., Any],
+) -> None:
+    # A reward of 0 or 1 at the last of 2 tokens, no discount: both tokens should have been worth the reward.
+    critic = Critic(value=0.25)
+    options = {"algorithm__advantage": "gae", "algorithm__advantage_options": {"is_whitened": False}}
+    run = await make(critic=critic, trainer__steps=2, critic__warmup_steps=1, **options)
+    await run.training.train()
+    assert [act for act in run.policy.acts if act == "update"] == ["update"]  # the first step was the critic's alone
+    assert len(critic.updates) == 2
+    for samples in critic.updates:
+        assert sorted(float(s.returns[0]) for s in samples) == [0.0, 0.0, 1.0, 1.0]
+        assert all((s.returns == s.returns[0]).all() and (s.values == 0.25).all() for s in samples)
+        np.testing.assert_allclose([s.advantages[0] for s in samples], [s.returns[0] - 0.25 for s in samples])
+    latest = run.checkpoints.latest()
+    assert (latest / "critic" / "weights").read_text() == "after 2 updates"
+    await run.training.stop()
+
+
+async def test_a_greedy_completion_of_each_prompt_is_the_baseline_where_the_estimator_wants_one(
+    make: Callable[..., Any],
+) -> None:
+    # The stand-in's greedy completion is number 0, reward 0; the samples are numbers 0 and 1: advantages 0 and 1.
+    run = await make(trainer__steps=1, algorithm__advantage="remax")
+    await run.training.train()
+    (samples,) = run.policy.updates
+    assert [float(s.advantages[0]) for s in samples] == [0.0, 1.0, 0.0, 1.0]
+    await run.training.stop()
+
+
+async def test_multipliers_of_constraints_rise_while_they_are_broken_and_survive_a_resume(
+    make: Callable[..., Any],
+) -> None:
+    # The mean of the component is 0.5 and must be 0.75: with step size 1 the multiplier rises by 0.25 a step.
+    options = {
+        "algorithm__combination": "constrained",
+        "algorithm__combination_options": {
+            "constraints": [{"component": "value", "threshold": 0.75}],
+            "step_size": 1.0,
+            "initial": 0.0,
+        },
+    }
+    run = await make(trainer__steps=2, checkpoint__every_steps=1, **options)
+    await run.training.train()
+    await run.training.stop()
+    assert run.training.appraiser.state() == {"value": 0.5}
+    again = await make(trainer__steps=3, is_resumed=True, **options)
+    await again.training.train()
+    await again.training.stop()
+    assert again.training.appraiser.state() == {"value": 0.75}
