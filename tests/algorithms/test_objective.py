@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,31 +15,47 @@ from torch import Tensor
 from algorithms.aggregation import count
 from algorithms.config import AlgorithmConfig
 from algorithms.finite import NonFiniteError
-from algorithms.inputs import LossInputs, TokenLoss
+from algorithms.inputs import BatchTokens, LossInputs, TokenLoss
 from algorithms.objective import Denominators, ObjectiveMetrics, TokenBatch, finish_metrics, objective
 from algorithms.registry import POLICY_LOSSES, Options, RegistryError, policy_loss
 
 LOSSES = ("clip", "reinforce", "nll")
-AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum")
-METHODS = ("none", "token_truncated", "sequence_truncated", "token_masked")
-BOUNDS = {
+AGGREGATIONS: dict[str, dict[str, Any]] = {
+    "token_mean": {},
+    "sequence_mean": {},
+    "sequence_sum": {},
+    "constant_length": {"length": 4},
+}
+METHODS: dict[str, dict[str, Any]] = {
     "none": {},
     "token_truncated": {"high": 1.5},
     "sequence_truncated": {"high": 1.5},
     "token_masked": {"low": 0.6, "high": 1.5},
+    "sequence_masked": {"low": 0.4, "high": 1.9},
+    "geometric_masked": {"low": 0.9, "high": 1.3, "truncate": 1.2},
 }
+ESTIMATORS = ("k1", "k2", "k3", "k3_unbiased", "abs", "full")
+VETO = 0.45
+EMPTY = ("mask", "marks")
+"""Fields of a random batch that hold no numbers."""
 KL_COEFFICIENT = 0.3
 
 
 def settings_of(
-    loss: str = "clip", aggregation: str = "token_mean", method: str = "token_truncated"
+    loss: str = "clip",
+    aggregation: str = "token_mean",
+    method: str = "token_truncated",
+    *,
+    estimator: str = "k3",
+    veto: float | None = None,
 ) -> AlgorithmConfig:
     return AlgorithmConfig.model_validate(
         {
             "loss": loss,
             "aggregation": aggregation,
-            "correction": {"method": method, "options": BOUNDS[method]},
-            "kl": {"coefficient": KL_COEFFICIENT, "estimator": "k3"},
+            "aggregation_options": AGGREGATIONS[aggregation],
+            "correction": {"method": method, "options": METHODS[method], "veto": veto},
+            "kl": {"coefficient": KL_COEFFICIENT, "estimator": estimator},
             "entropy_coefficient": 0.1,
         }
     )
@@ -67,22 +85,62 @@ def random_batch(seed: int = 0, sequences: int = 5, tokens: int = 6) -> tuple[Te
 
 def part_of(batch: TokenBatch, rows: slice, tokens: slice = slice(None)) -> TokenBatch:
     """Some rows and columns of a batch."""
-    parts = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return TokenBatch(**{name: None if value is None else value[rows, tokens] for name, value in parts.items()})
+    return on_each(batch, lambda value: value[rows, tokens])
+
+
+def on_each(batch: TokenBatch, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+    """A batch with all its tensors changed."""
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    changed = {name: change(value) for name, value in fields.items() if value is not None}
+    return dataclasses.replace(batch, **changed)
 
 
 def run(
-    log_probs: Tensor, entropy: Tensor, batch: TokenBatch, config: AlgorithmConfig, denominators: Denominators
+    log_probs: Tensor,
+    entropy: Tensor,
+    batch: TokenBatch,
+    config: AlgorithmConfig,
+    denominators: Denominators,
+    full_kl: Tensor | None = None,
 ) -> tuple[float, Tensor, ObjectiveMetrics]:
     """Loss, gradient by log-probabilities, and metrics."""
     leaf = log_probs.detach().clone().requires_grad_()
-    loss, metrics = objective(leaf, entropy, batch, config, denominators, KL_COEFFICIENT)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss, metrics = objective(leaf, entropy, batch, config, denominators, KL_COEFFICIENT, full_kl)
+    loss.backward()
     assert leaf.grad is not None
     return float(loss.detach()), leaf.grad, metrics
 
 
-def written_out(log_probs: Tensor, entropy: Tensor, batch: TokenBatch, config: AlgorithmConfig) -> float:
+def weights_written_out(gaps: list[float], method: str, veto: float | None) -> list[float]:
+    """Importance weights of a sequence's tokens from log proximal - log behaviour of each."""
+    switches = METHODS[method]
+    low, high, product = switches.get("low", 0.0), switches.get("high", math.inf), math.exp(sum(gaps))
+    is_vetoed = veto is not None and any(math.exp(gap) < veto for gap in gaps)
+    is_near = low <= math.exp(sum(gaps) / len(gaps)) <= high
+    weights = []
+    for own in map(math.exp, gaps):
+        weight = {
+            "none": 1.0,
+            "token_truncated": min(own, high),
+            "sequence_truncated": min(product, high),
+            "token_masked": own if low <= own <= high else 0.0,
+            "sequence_masked": product if low <= product <= high else 0.0,
+            "geometric_masked": min(own, switches.get("truncate", 1.0)) if is_near else 0.0,
+        }[method]
+        weights.append(0.0 if is_vetoed else weight)
+    return weights
+
+
+def kl_written_out(difference: float, exact: float, estimator: str) -> float:
+    """KL of a token, with difference = log reference - log pi."""
+    k3 = math.exp(difference) - 1 - difference
+    values = {"k1": -difference, "k2": difference**2 / 2, "k3": k3, "k3_unbiased": k3, "abs": abs(difference)}
+    return (values | {"full": exact})[estimator]
+
+
+def written_out(
+    log_probs: Tensor, entropy: Tensor, batch: TokenBatch, config: AlgorithmConfig, full_kl: Tensor
+) -> float:
     """The objective as the papers write it, a token at a time."""
     log_probs = log_probs.detach()
     assert batch.proximal_log_probs is not None
@@ -91,43 +149,48 @@ def written_out(log_probs: Tensor, entropy: Tensor, batch: TokenBatch, config: A
     total = 0.0
     for i in range(len(batch.mask)):
         places = batch.mask[i].nonzero().flatten().tolist()
-        gaps = {t: float(batch.proximal_log_probs[i, t] - batch.behaviour_log_probs[i, t]) for t in places}
-        for t in places:
+        gaps = [float(batch.proximal_log_probs[i, t] - batch.behaviour_log_probs[i, t]) for t in places]
+        weights = [1.0] * len(places)
+        if config.loss != "nll" and places:
+            weights = weights_written_out(gaps, config.correction.method, config.correction.veto)
+        for t, weight in zip(places, weights, strict=True):
             log_prob, advantage = float(log_probs[i, t]), float(batch.advantages[i, t])
             ratio = math.exp(log_prob - float(batch.proximal_log_probs[i, t]))
             if config.loss == "clip":
-                bounded = min(max(ratio, 0.8), 1.2)
-                value = -min(ratio * advantage, bounded * advantage)
+                value = -min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
             else:
                 value = -log_prob * (advantage if config.loss == "reinforce" else 1.0)
-            weight = 1.0
-            if config.loss != "nll":
-                low, high = 0.6, 1.5
-                own = math.exp(gaps[t])
-                weight = {
-                    "none": 1.0,
-                    "token_truncated": min(own, high),
-                    "sequence_truncated": min(math.exp(sum(gaps.values())), high),
-                    "token_masked": own if low <= own <= high else 0.0,
-                }[config.correction.method]
             difference = float(batch.reference_log_probs[i, t]) - log_prob
-            kl = math.exp(difference) - 1 - difference
+            kl = kl_written_out(difference, float(full_kl[i, t]), config.kl.estimator)
             by_token = weight * value + KL_COEFFICIENT * kl - config.entropy_coefficient * float(entropy[i, t])
             total += {
                 "token_mean": by_token / tokens,
                 "sequence_mean": by_token / len(places) / sequences,
                 "sequence_sum": by_token / sequences,
+                "constant_length": by_token / 4 / sequences,
             }[config.aggregation]
     return total
 
 
-@pytest.mark.parametrize(("loss", "aggregation", "method"), [*itertools.product(LOSSES, AGGREGATIONS, METHODS)])
-def test_the_loss_is_the_formula_written_out(loss: str, aggregation: str, method: str) -> None:
-    config = settings_of(loss, aggregation, method)
+@pytest.mark.parametrize(
+    ("loss", "aggregation", "method", "veto"), [*itertools.product(LOSSES, AGGREGATIONS, METHODS, (None, VETO))]
+)
+def test_the_loss_is_the_formula_written_out(loss: str, aggregation: str, method: str, veto: float | None) -> None:
+    config = settings_of(loss, aggregation, method, veto=veto)
     for seed in range(3):
         log_probs, entropy, batch = random_batch(seed)
         value, _, _ = run(log_probs, entropy, batch, config, Denominators(*count(batch.mask)))
-        assert value == pytest.approx(written_out(log_probs, entropy, batch, config), abs=1e-12)
+        assert value == pytest.approx(written_out(log_probs, entropy, batch, config, entropy), abs=1e-12)
+
+
+@pytest.mark.parametrize(("estimator", "aggregation"), [*itertools.product(ESTIMATORS, AGGREGATIONS)])
+def test_the_loss_with_each_kl_is_the_formula_written_out(estimator: str, aggregation: str) -> None:
+    config = settings_of("clip", aggregation, estimator=estimator)
+    log_probs, entropy, batch = random_batch(7)
+    full_kl = entropy / 3
+    value, _, metrics = run(log_probs, entropy, batch, config, Denominators(*count(batch.mask)), full_kl)
+    assert value == pytest.approx(written_out(log_probs, entropy, batch, config, full_kl), abs=1e-12)
+    assert float(metrics.sums["kl_reference"]) != 0.0
 
 
 @pytest.mark.parametrize(("loss", "aggregation"), [*itertools.product(LOSSES, AGGREGATIONS)])
@@ -141,11 +204,27 @@ def test_the_gradient_is_that_of_finite_differences(loss: str, aggregation: str)
     assert torch.autograd.gradcheck(loss_of, (log_probs, entropy.requires_grad_()))
 
 
+def test_the_exact_kl_carries_its_gradient_into_the_loss() -> None:
+    log_probs, entropy, batch = random_batch(8)
+    config, denominators = settings_of(estimator="full"), Denominators(*count(batch.mask))
+    full_kl = (entropy / 2).requires_grad_()
+    loss, _ = objective(log_probs, entropy.detach(), batch, config, denominators, KL_COEFFICIENT, full_kl)
+    loss.backward()
+    assert full_kl.grad is not None
+    torch.testing.assert_close(
+        full_kl.grad, batch.mask * torch.tensor(KL_COEFFICIENT / denominators.tokens, dtype=torch.float64)
+    )
+
+
+def as_floats(values: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
 @pytest.mark.parametrize(("aggregation", "method"), [*itertools.product(AGGREGATIONS, METHODS)])
 @given(seed=st.integers(0, 1000), cut=st.integers(1, 4))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_parts_of_a_batch_add_up_to_the_whole(aggregation: str, method: str, seed: int, cut: int) -> None:
-    config = settings_of("clip", aggregation, method)
+    config = settings_of("clip", aggregation, method, veto=VETO)
     log_probs, entropy, batch = random_batch(seed)
     denominators = Denominators(*count(batch.mask))
     loss, gradient, metrics = run(log_probs, entropy, batch, config, denominators)
@@ -159,18 +238,68 @@ def test_parts_of_a_batch_add_up_to_the_whole(aggregation: str, method: str, see
         assert max(float(part[2].maxima[name]) for part in parts) == float(value), name
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_of_two_micro_batches_and_a_filler_report_what_one_rank_reports(method: str) -> None:
+    config = settings_of("clip", "sequence_mean", method, veto=VETO)
+    log_probs, entropy, batch = random_batch(9, sequences=6)
+    denominators = Denominators(*count(batch.mask))
+    loss, gradient, metrics = run(log_probs, entropy, batch, config, denominators)
+    filler = (log_probs[:1], entropy[:1], dataclasses.replace(part_of(batch, slice(1)), mask=batch.mask[:1] & False))
+    rows = [slice(0, 2), slice(2, 3), slice(3, 6)]
+    parts = [run(log_probs[r], entropy[r], part_of(batch, r), config, denominators) for r in rows]
+    parts.append(run(*filler, config, denominators))
+    assert (parts[-1][1] == 0).all()
+    ranks = [parts[:2], parts[2:]]
+    sums = [{n: sum(float(part[2].sums[n]) for part in rank) for n in metrics.sums} for rank in ranks]
+    maxima = {n: max(float(part[2].maxima[n]) for part in parts) for n in metrics.maxima}
+    found = finish_metrics({n: sums[0][n] + sums[1][n] for n in metrics.sums}, maxima)
+    assert found == pytest.approx(finish_metrics(as_floats(metrics.sums), as_floats(metrics.maxima)), abs=1e-12)
+    assert sum(part[0] for part in parts) == pytest.approx(loss, abs=1e-12)
+    torch.testing.assert_close(torch.cat([part[1] for part in parts[:3]]), gradient)
+
+
+@pytest.mark.parametrize("method", ["none", "token_truncated", "token_masked"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_tokens_end_to_end_give_what_padded_rows_give(loss: str, method: str) -> None:
+    # Where nothing is summed over a sequence, rows don't matter: one row of all tokens is the same batch.
+    config = settings_of(loss, "token_mean", method)
+    log_probs, entropy, batch = random_batch(10)
+    packed = on_each(batch, lambda value: value[batch.mask][None])
+    denominators = Denominators(*count(batch.mask))
+    value, gradient, _ = run(log_probs, entropy, batch, config, denominators)
+    packed_value, packed_gradient, _ = run(
+        log_probs[batch.mask][None], entropy[batch.mask][None], packed, config, denominators
+    )
+    assert packed_value == pytest.approx(value, abs=1e-12)
+    torch.testing.assert_close(packed_gradient[0], gradient[batch.mask])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_order_of_the_sequences_changes_nothing(method: str) -> None:
+    config = settings_of("clip", "sequence_mean", method, veto=VETO)
+    log_probs, entropy, batch = random_batch(11)
+    denominators = Denominators(*count(batch.mask))
+    order = torch.tensor([3, 0, 4, 1, 2])
+    shuffled = on_each(batch, lambda value: value[order])
+    value, gradient, _ = run(log_probs, entropy, batch, config, denominators)
+    other, other_gradient, _ = run(log_probs[order], entropy[order], shuffled, config, denominators)
+    assert other == pytest.approx(value, abs=1e-12)
+    torch.testing.assert_close(other_gradient, gradient[order])
+
+
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_whatever_stands_outside_the_mask_changes_nothing(loss: str, garbage: float) -> None:
     config = settings_of(loss, "sequence_mean", "sequence_truncated")
     log_probs, entropy, batch = random_batch(4)
     denominators = Denominators(*count(batch.mask))
-    dirty = {f.name: getattr(batch, f.name).masked_fill(~batch.mask, garbage) for f in dataclasses.fields(batch)[1:5]}
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    dirty = {name: value.masked_fill(~batch.mask, garbage) for name, value in fields.items() if name not in EMPTY}
     clean_loss, clean_gradient, clean = run(log_probs, entropy, batch, config, denominators)
     loss_value, gradient, metrics = run(
         log_probs.detach().masked_fill(~batch.mask, garbage),
         entropy.masked_fill(~batch.mask, garbage),
-        TokenBatch(batch.mask, **dirty),
+        dataclasses.replace(batch, **dirty),
         config,
         denominators,
     )
@@ -184,7 +313,7 @@ def test_longer_padding_changes_nothing() -> None:
     log_probs, entropy, batch = random_batch(5)
     config, denominators = settings_of(), Denominators(*count(batch.mask))
     pad = torch.nn.functional.pad
-    wide = TokenBatch(*(pad(getattr(batch, f.name), (0, 3)) for f in dataclasses.fields(batch)[:5]))
+    wide = on_each(batch, lambda value: pad(value, (0, 3)))
     loss, gradient, _ = run(log_probs, entropy, batch, config, denominators)
     wide_loss, wide_gradient, _ = run(pad(log_probs.detach(), (0, 3)), pad(entropy, (0, 3)), wide, config, denominators)
     assert wide_loss == pytest.approx(loss, abs=1e-15)
@@ -233,10 +362,7 @@ def test_metrics_are_those_worked_by_hand() -> None:
     batch = TokenBatch(mask, torch.tensor([[1.0, -3.0, 9.0]]), behaviour, proximal)
     config = AlgorithmConfig.model_validate({"correction": {"method": "token_truncated", "options": {"high": 1.5}}})
     _, metrics = objective(log_probs, None, batch, config, Denominators(2, 1), 0.0)
-    found = finish_metrics(
-        {name: float(value) for name, value in metrics.sums.items()},
-        {name: float(value) for name, value in metrics.maxima.items()},
-    )
+    found = finish_metrics(as_floats(metrics.sums), as_floats(metrics.maxima))
     log2 = math.log(2)
     expected = {
         # Weights 1.5 and 0.5; -min terms: -1.2 (clipped at 1.2) and 3 * 0.8 (clipped at 0.8).
@@ -248,13 +374,21 @@ def test_metrics_are_those_worked_by_hand() -> None:
         "importance_weight_mean": 1.0,
         "effective_sample_share": 1.0 / ((2.25 + 0.25) / 2),
         "corrected_share": 0.5,
+        "rejected_share": 0.0,
         "mismatch_kl": ((2 - 1 - log2) + (0.5 - 1 + log2)) / 2,
+        "mismatch_kl_k1": 0.0,
+        # One sequence, of mean weight 1, touched and kept.
+        "sequence_weight_mean": 1.0,
+        "effective_sequence_share": 1.0,
+        "corrected_sequences_share": 1.0,
+        "rejected_sequences_share": 0.0,
+        "vetoed_sequences_share": 0.0,
         "advantage_mean": -1.0,
         "advantage_abs": 2.0,
         "max_ratio": 1.5,
         "max_logprob_gap": log2,
     }
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 def test_supervised_fine_tuning_needs_no_sampler() -> None:
@@ -262,7 +396,7 @@ def test_supervised_fine_tuning_needs_no_sampler() -> None:
     nothing = torch.full((1, 2), math.nan)
     batch = TokenBatch(torch.ones(1, 2, dtype=torch.bool), advantages=nothing, behaviour_log_probs=nothing)
     loss, metrics = objective(log_probs, None, batch, AlgorithmConfig(loss="nll"), Denominators(2, 1), 0.0)
-    assert float(loss) == 2.0
+    assert float(loss.detach()) == 2.0
     assert float(metrics.sums["mismatch_kl"]) == 0.0
     assert float(metrics.sums["importance_weight_mean"]) == 1.0
 
@@ -286,7 +420,7 @@ def test_a_kl_placed_in_the_reward_stays_out_of_the_loss_but_is_reported() -> No
 
 def test_a_kl_in_the_loss_without_a_reference_is_refused() -> None:
     log_probs, entropy, batch = random_batch()
-    with pytest.raises(ValueError, match="no reference_log_probs"):
+    with pytest.raises(ValueError, match=r"weight 0\.3 in the loss by k3, but the batch has no reference_log_probs"):
         run(
             log_probs,
             entropy,
@@ -294,6 +428,22 @@ def test_a_kl_in_the_loss_without_a_reference_is_refused() -> None:
             settings_of(),
             Denominators(9, 5),
         )
+
+
+def test_an_exact_kl_that_was_not_computed_is_refused_and_one_of_no_weight_is_left_out() -> None:
+    log_probs, entropy, batch = random_batch()
+    config, denominators = settings_of(estimator="full"), Denominators(*count(batch.mask))
+    with pytest.raises(ValueError, match=r"in the loss by full, but no full_kl was given"):
+        run(log_probs, entropy, batch, config, denominators)
+    _, metrics = objective(log_probs, entropy, batch, config, denominators, kl_coefficient=0.0)
+    assert "kl_reference" not in metrics.sums
+
+
+def test_an_exact_kl_that_is_not_finite_is_refused() -> None:
+    log_probs, entropy, batch = random_batch()
+    full_kl = entropy.masked_fill(torch.arange(6) == 2, math.inf)
+    with pytest.raises(NonFiniteError, match=r"full_kl of \(sequence, token\) \(0, 2\)"):
+        run(log_probs, entropy, batch, settings_of(estimator="full"), Denominators(9, 5), full_kl)
 
 
 def test_an_entropy_bonus_without_entropy_is_refused() -> None:
@@ -320,14 +470,91 @@ def test_an_unknown_loss_is_refused() -> None:
         run(log_probs, entropy, batch, AlgorithmConfig(loss="clipp"), Denominators(9, 5))
 
 
-def test_a_users_own_loss_is_used_by_name() -> None:
-    if "squared_for_this_test" not in POLICY_LOSSES:
+@pytest.fixture
+def own_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses added in a test go with it."""
+    monkeypatch.setattr(POLICY_LOSSES, "_entries", dict(POLICY_LOSSES._entries))
 
-        @policy_loss("squared_for_this_test")
-        def squared(inputs: LossInputs, options: Options) -> TokenLoss:
-            return TokenLoss(inputs.log_probs.square())
+
+class PowerOptions(Options):
+    power: float = 2.0
+
+
+@pytest.mark.usefixtures("own_losses")
+def test_a_users_own_loss_is_used_by_name_with_its_switches() -> None:
+    @policy_loss("power", options=PowerOptions)
+    def power(inputs: LossInputs, options: PowerOptions) -> TokenLoss:
+        return TokenLoss(inputs.log_probs.abs().pow(options.power))
 
     log_probs = torch.tensor([[-2.0, -4.0]])
     batch = TokenBatch(torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2), behaviour_log_probs=log_probs)
-    loss, _ = objective(log_probs, None, batch, AlgorithmConfig(loss="squared_for_this_test"), Denominators(2, 1), 0.0)
-    assert float(loss) == 10.0
+    for options, expected in (({}, 10.0), ({"power": 1.0}, 3.0)):
+        config = AlgorithmConfig(loss="power", loss_options=options)
+        assert float(objective(log_probs, None, batch, config, Denominators(2, 1), 0.0)[0]) == expected
+    config = AlgorithmConfig(loss="power", loss_options={"powr": 1.0})
+    with pytest.raises(RegistryError, match=r"algorithm\.loss_options\.powr is not a switch of 'power'"):
+        objective(log_probs, None, batch, config, Denominators(2, 1), 0.0)
+
+
+@pytest.mark.usefixtures("own_losses")
+def test_a_loss_that_weighs_by_the_behaviour_policy_itself_is_not_corrected_but_the_mismatch_is_seen() -> None:
+    @policy_loss("own_weights", corrects_mismatch=True)
+    def own_weights(inputs: LossInputs, options: Options) -> TokenLoss:
+        return TokenLoss(-inputs.advantages * inputs.log_probs)
+
+    log_probs, entropy, batch = random_batch(12)
+    denominators = Denominators(*count(batch.mask))
+    value, _, metrics = run(log_probs, entropy, batch, settings_of("own_weights", veto=VETO), denominators)
+    plain, _, _ = run(log_probs, entropy, batch, settings_of("reinforce", method="none"), denominators)
+    assert value == plain
+    assert float(metrics.sums["importance_weight_mean"]) == pytest.approx(1.0)
+    assert float(metrics.sums["corrected_share"]) == 0.0
+    assert float(metrics.sums["mismatch_kl"]) > 0.0
+
+
+@pytest.mark.usefixtures("own_losses")
+def test_what_a_loss_prepared_of_the_whole_batch_reaches_it_and_must_be_there() -> None:
+    def prepare(tokens: BatchTokens, options: Options) -> Tensor:
+        return tokens.advantages - tokens.advantages[tokens.mask].mean()
+
+    @policy_loss("centred", prepare=prepare)
+    def centred(inputs: LossInputs, options: Options) -> TokenLoss:
+        assert inputs.marks is not None
+        return TokenLoss(-inputs.marks * inputs.log_probs)
+
+    log_probs, config = torch.tensor([[-1.0, -2.0], [-4.0, math.nan]]), AlgorithmConfig(loss="centred")
+    mask = torch.tensor([[True, True], [True, False]])
+    advantages = torch.tensor([[1.0, 2.0], [6.0, math.nan]])
+    sample, packed = torch.tensor([0, 0, 1]), advantages[mask]
+    tokens = BatchTokens(sample, torch.ones(3, dtype=torch.bool), packed, log_probs[mask], log_probs[mask])
+    marks = torch.full((2, 2), math.nan).masked_scatter(mask, prepare(tokens, Options()))
+    batch = TokenBatch(mask, advantages, log_probs, marks=marks)
+    denominators = Denominators(3, 2)
+    # Centred advantages -2, -1, 3: the losses are -2, -2 and 12.
+    assert float(objective(log_probs, None, batch, config, denominators, 0.0)[0]) == pytest.approx(8 / 3)
+    rows = [part_of(batch, slice(0, 1)), part_of(batch, slice(1, 2))]
+    losses = [objective(log_probs[i : i + 1], None, rows[i], config, denominators, 0.0)[0] for i in range(2)]
+    assert float(sum(losses)) == pytest.approx(8 / 3)
+    with pytest.raises(ValueError, match="the loss 'centred' needs marks"):
+        objective(log_probs, None, dataclasses.replace(batch, marks=None), config, denominators, 0.0)
+
+
+@pytest.mark.usefixtures("own_losses")
+@pytest.mark.parametrize(
+    ("made", "error", "message"),
+    [
+        (lambda x: x / 0.0, NonFiniteError, r"the loss 'broken' of \(sequence, token\) \(0, 0\) is -inf"),
+        (lambda x: x[:, :1], ValueError, r"the loss 'broken' is \[1, 1\], but the mask is \[1, 2\]"),
+    ],
+)
+def test_a_users_loss_that_is_not_finite_or_of_another_shape_is_refused_by_name(
+    made: Callable[[Tensor], Tensor], error: type[Exception], message: str
+) -> None:
+    @policy_loss("broken")
+    def broken(inputs: LossInputs, options: Options) -> TokenLoss:
+        return TokenLoss(made(inputs.log_probs))
+
+    log_probs = torch.tensor([[-2.0, -4.0]])
+    batch = TokenBatch(torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2), behaviour_log_probs=log_probs)
+    with pytest.raises(error, match=message):
+        objective(log_probs, None, batch, AlgorithmConfig(loss="broken"), Denominators(2, 1), 0.0)
