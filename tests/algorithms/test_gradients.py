@@ -163,6 +163,16 @@ def test_pcgrad_is_the_papers_loop_over_vectors(gradients: Tensor, seed: int) ->
     torch.testing.assert_close(ours, pcgrad_by_the_paper(gradients, orders), rtol=1e-8, atol=1e-9 * scale)
 
 
+def test_pcgrad_never_projects_a_gradient_from_itself() -> None:
+    # At 0°, 170° and 185°: the first is turned to 80° by the second and to 95° by the third, away from itself.
+    angles = torch.deg2rad(torch.tensor([0.0, 170.0, 185.0], dtype=torch.float64))
+    gradients = torch.stack([angles.cos(), angles.sin()], 1)
+    orders = torch.tensor([[1, 2, 0], [1, 0, 2], [2, 1, 0]])
+    projected = project_conflicts(gradients @ gradients.T, orders) @ gradients
+    assert float(projected[0] @ gradients[0]) < 0
+    torch.testing.assert_close(projected, pcgrad_by_the_paper(gradients, orders))
+
+
 def test_pcgrad_draws_the_same_order_for_the_same_step_and_others_for_others() -> None:
     gram = torch.tensor([[1.0, -0.7, -0.2], [-0.7, 1.0, -0.4], [-0.2, -0.4, 1.0]], dtype=torch.float64)
     runs = [tuple(gradient_weights("pcgrad", GradientInputs(gram, step), {"seed": 7}).tolist()) for step in range(20)]
@@ -467,3 +477,17 @@ def test_optimised_directions_agree_with_torchjd(seed: int) -> None:
     )
     theirs = peer.NashMTL(n_tasks=len(gradients), optim_niter=100)(gradients)
     torch.testing.assert_close(unit_vector(direction_of("nash_mtl", gradients)), unit_vector(theirs), rtol=0, atol=5e-3)
+
+
+def test_torchjd_differs_where_the_docstring_says() -> None:
+    peer = pytest.importorskip("torchjd.aggregation")
+    one_is_zero, opposed = rows((1.0, 2.0), (0.0, 0.0)), EDGES["two opposed"]
+    assert peer.MGDA()(one_is_zero).norm() == 0 < direction_of("mgda", one_is_zero).norm()
+    assert peer.IMTLG()(opposed).norm() > 0.9
+    assert direction_of("imtl_g", opposed).norm() == 0
+    cosines = torch.tensor([[1.0, 0.9, 0.9], [0.9, 1.0, 0.65], [0.9, 0.65, 1.0]], dtype=torch.float64)
+    norms = torch.tensor([0.01, 1.0, 1.0], dtype=torch.float64)
+    gram = cosines * torch.outer(norms, norms)
+    assert (gram @ peer.IMTLGWeighting()(gram) < 0).all()
+    pytest.importorskip("cvxpy")
+    assert peer.CAGrad(c=0.4)(opposed).norm() == 0 < direction_of("cagrad", opposed).norm()
