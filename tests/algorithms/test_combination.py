@@ -142,7 +142,7 @@ samples = st.tuples(st.tuples(st.integers(-8, 8).map(lambda n: n / 8), value, va
 
 @pytest.mark.parametrize("name", SIMPLE)
 @given(data=st.lists(samples, min_size=1, max_size=25), weights=st.sampled_from([[1.0, 0.5, 2.0], [1.0, 0.0, 3.0]]))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_combinations_agree_with_their_definitions(
     name: str, data: list[tuple[list[float | None], int]], weights: list[float]
 ) -> None:
@@ -157,7 +157,7 @@ def test_combinations_agree_with_their_definitions(
 
 @pytest.mark.parametrize("name", SIMPLE)
 @given(data=st.lists(samples, min_size=1, max_size=25), seed=st.integers(0, 99))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_the_order_of_samples_and_of_components_does_not_matter(
     name: str, data: list[tuple[list[float | None], int]], seed: int
 ) -> None:
@@ -169,7 +169,7 @@ def test_the_order_of_samples_and_of_components_does_not_matter(
 
 
 @given(data=st.lists(samples, min_size=1, max_size=25), scale=st.sampled_from([0.5, 64.0]))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_normalised_forgets_each_components_scale_and_offset(
     data: list[tuple[list[float | None], int]], scale: float
 ) -> None:
@@ -190,7 +190,7 @@ def test_components_that_are_equal_normalise_to_exactly_zero(equal: float) -> No
 
 
 @given(data=st.lists(samples, min_size=1, max_size=10), smoothness=st.floats(0.01, 2.0))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_smooth_tchebycheff_lies_below_tchebycheff_by_at_most_its_bound(
     data: list[tuple[list[float | None], int]], smoothness: float
 ) -> None:

@@ -56,6 +56,7 @@ def test_the_cosine_reward_by_hand() -> None:
 
 
 @given(lengths=st.lists(st.integers(0, 20), min_size=2, max_size=10))
+@settings(max_examples=50, deadline=None)
 def test_the_cosine_reward_prefers_short_when_right_and_long_when_wrong(lengths: list[int]) -> None:
     completions = [[0] * n for n in sorted(lengths)]
     right = shape_rewards("cosine_length", inputs_of([1.0] * len(lengths), completions, 20))
@@ -79,7 +80,7 @@ def test_rewards_from_a_threshold_on_are_spared_the_repetition_penalty() -> None
 
 
 @given(completions=st.lists(st.lists(st.integers(0, 2), max_size=30), min_size=1, max_size=8), ngram=st.integers(1, 11))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_repetitions_agree_with_a_set_of_ngrams(completions: list[list[int]], ngram: int) -> None:
     batch = inputs_of([0.0] * len(completions), completions)
     shares = repeated_share(batch.token_ids, batch.sample, len(completions), ngram)
@@ -105,7 +106,7 @@ def test_many_different_ngrams_are_told_apart() -> None:
     ),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_the_order_of_samples_does_not_matter(
     name: str, options: dict[str, Any], data: list[tuple[float, list[int], bool]], seed: int
 ) -> None:
