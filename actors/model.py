@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from actors.batches import ModelBatch
 from actors.config import FreezeConfig, ModelConfig
+from actors.output_head import can_tile, expected_transform, statistics_inside_head
 from actors.shared_media import GRID, repeated_images
+from algorithms.log_probs import BUDGET_BYTES, statistics_of_logits
 
 PROJECTORS = frozenset(
     {"multi_modal_projector", "mm_projector", "merger", "deepstack_merger_list", "connector", "aligner", "projector"}
@@ -20,15 +22,17 @@ LANGUAGE_MODELS = frozenset({"language_model", "text_model"})
 
 
 class TokenLogProbs(NamedTuple):
-    """Log-probabilities and entropies of completion tokens.
+    """Log-probabilities of completion tokens, and what else of the distribution each was drawn from was asked for.
 
     Attributes:
         log_probs: [B, T] float32, nats; 0 behind each completion's end.
-        entropy: [B, T] float32, nats, of the distribution each token was drawn from; None where not asked for.
+        entropy: [B, T] float32, nats; None where not asked for.
+        collision: [B, T] float32, the sum of squared probabilities, without gradient; None where not asked for.
     """
 
     log_probs: Tensor
     entropy: Tensor | None
+    collision: Tensor | None
 
 
 def load_model(config: ModelConfig, path: Path | None = None) -> Any:
@@ -88,11 +92,14 @@ def completion_log_probs(
     banned_token_ids: tuple[int, ...] = (),
     with_entropy: bool = False,
     entropy_gradient: bool = False,
+    with_collision: bool = False,
+    budget_bytes: int = BUDGET_BYTES,
 ) -> TokenLogProbs:
     """Log-probabilities of the completions' tokens under the distribution that is sampled from.
 
-    Logits exist only for completion tokens ([N, vocabulary], no padding): the hidden states are gathered on their
-    way into the output head, so that whatever a family does after its head (soft-capping, scaling) still happens.
+    Logits exist only for completion tokens, without padding, and where those of all tokens exceed the budget only tile
+    by tile (see :mod:`algorithms.log_probs`). What a family does after its head (soft-capping, scaling) still happens;
+    one that does something unknown gets whole logits.
 
     Args:
         model: a Hugging Face model, or an engine around one.
@@ -100,22 +107,30 @@ def completion_log_probs(
         temperature: above 0; logits are divided by it.
         banned_token_ids: never sampled: their probability is 0.
         with_entropy: also return the entropies.
-        entropy_gradient: let gradients flow through them, at the cost of memory.
+        entropy_gradient: let gradients flow through them.
+        with_collision: also return the sums of squared probabilities.
+        budget_bytes: of logits at once.
     """
-    if temperature <= 0:
-        raise ValueError(f"log-probabilities need a temperature above 0, got {temperature}")
-    logits = _completion_logits(model, batch).float() / temperature
-    if banned_token_ids:
-        banned = torch.tensor(banned_token_ids, device=logits.device)
-        logits = logits.index_fill(-1, banned, torch.finfo(logits.dtype).min)
-    log_normaliser = logits.logsumexp(-1)
-    log_probs = logits.gather(-1, batch.tokens[:, None])[:, 0] - log_normaliser
-    entropy = None
-    if with_entropy:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
-            expected_logit = ((logits - log_normaliser[:, None]).exp() * logits).sum(-1)
-            entropy = _scatter(log_normaliser - expected_logit, batch)
-    return TokenLogProbs(_scatter(log_probs, batch), entropy)
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "banned_token_ids": banned_token_ids,
+        "with_entropy": with_entropy,
+        "entropy_gradient": entropy_gradient,
+        "with_collision": with_collision,
+    }
+    module = getattr(model, "module", model)
+    head = module.get_output_embeddings()
+    statistics = None
+    if can_tile(module, head, len(batch.tokens), budget_bytes):
+        transform = expected_transform(module.config)
+        statistics = statistics_inside_head(
+            lambda: _forward(model, batch), head, batch, transform, budget_bytes=budget_bytes, **options
+        )
+    if statistics is None:
+        statistics = statistics_of_logits(_completion_logits(model, batch), batch.tokens, **options)
+    log_probs, entropy, collision = (None if part is None else _scatter(part, batch) for part in statistics)
+    assert log_probs is not None
+    return TokenLogProbs(log_probs, entropy, collision)
 
 
 def _completion_logits(model: Any, batch: ModelBatch) -> Tensor:
@@ -125,14 +140,9 @@ def _completion_logits(model: Any, batch: ModelBatch) -> Tensor:
     def gather(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (arguments[0][batch.rows, batch.positions], *arguments[1:])
 
-    inputs = dict(batch.inputs)
-    if batch.layout is not None:
-        inputs["position_ids"] = batch.layout.positions(getattr(model, "module", model), inputs)
     hook = head.register_forward_pre_hook(gather)
-    tower = next(iter(_outermost(model, VISION_TOWERS)), None) if batch.shared is not None else None
     try:
-        with repeated_images(tower, batch.inputs.get(GRID), batch.shared):
-            logits: Tensor = model(**inputs, use_cache=False).logits
+        logits: Tensor = _forward(model, batch).logits
     finally:
         hook.remove()
     if logits.dim() != 2 or len(logits) != len(batch.tokens):
@@ -141,6 +151,16 @@ def _completion_logits(model: Any, batch: ModelBatch) -> Tensor:
             "its forward doesn't use its output embeddings the usual way, so it isn't supported."
         )
     return logits
+
+
+def _forward(model: Any, batch: ModelBatch) -> Any:
+    """The model's output for a batch."""
+    inputs = dict(batch.inputs)
+    if batch.layout is not None:
+        inputs["position_ids"] = batch.layout.positions(getattr(model, "module", model), inputs)
+    tower = next(iter(_outermost(model, VISION_TOWERS)), None) if batch.shared is not None else None
+    with repeated_images(tower, batch.inputs.get(GRID), batch.shared):
+        return model(**inputs, use_cache=False)
 
 
 def _scatter(values: Tensor, batch: ModelBatch) -> Tensor:
