@@ -70,14 +70,20 @@ def pgd(inputs: ImageInputs, options: PGDOptions) -> Tensor:
         for _ in range(options.steps):
             leaf = current.clone().requires_grad_()
             values = _log_probs(function, leaf)
-            (slope,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True)
-            if slope is None:
-                raise ValueError("log_prob_fn doesn't depend on the images: give it the pixels that are passed in")
-            require_finite("the gradient by the images", slope, index_name="(image, channel, row, column)")
+            slope = _slope(values, leaf)
             worst, least = _keep_worse(worst, least, current, values.detach())
             current = (current - options.step * slope.sign()).clamp(lowest, highest)
     with torch.no_grad():
         return _keep_worse(worst, least, current, _log_probs(function, current))[0]
+
+
+def _slope(values: Tensor, images: Tensor) -> Tensor:
+    """[B, C, H, W], the gradient of each image's log-probability by its pixels."""
+    slope = torch.autograd.grad(values.sum(), images, allow_unused=True)[0] if values.requires_grad else None
+    if slope is None:
+        raise ValueError("log_prob_fn doesn't depend on the images: give the model the pixels that are passed in")
+    require_finite("the gradient by the images", slope, index_name="(image, channel, row, column)")
+    return slope
 
 
 def _keep_worse(worst: Tensor, least: Tensor, images: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:

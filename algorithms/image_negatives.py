@@ -20,6 +20,9 @@ from torch.nn import functional
 from algorithms.finite import require_finite
 from algorithms.registry import IMAGE_NEGATIVES, Options, method
 
+HALF_STEP = 0.5 / 255
+"""Half the distance of two 8-bit values: images nearer than this are the same once they are stored."""
+
 LogProbFunction = Callable[[Tensor], Tensor]
 """`(images: [B, C, H, W]) -> [B]`, nats: the log-probability of each image's chosen answer, differentiable."""
 
@@ -74,8 +77,8 @@ class NegativeImages:
 
     Attributes:
         images: [B, C, H, W], of the true images' dtype and device, in 0..1; no gradient.
-        is_changed: [B] bool, whether each differs from its true image. A crop of an even surface doesn't; the pair then
-            says nothing, and the margin between the two images has no gradient.
+        is_changed: [B] bool, whether each differs from its true image anywhere by half an 8-bit step (1/510) or more. A
+            crop of an even surface doesn't; such a pair of images has next to nothing to say.
     """
 
     images: Tensor
@@ -95,7 +98,7 @@ def negative_images(name: str, inputs: ImageInputs, options: Mapping[str, Any] |
     read = options if isinstance(options, Options) else entry.read_options(options)
     made: Tensor = entry.function(inputs, read)
     images = made.detach().to(inputs.images.dtype).clamp(0.0, 1.0)
-    return NegativeImages(images, (images != inputs.images).flatten(1).any(1))
+    return NegativeImages(images, ((images - inputs.images.detach()).abs() >= HALF_STEP).flatten(1).any(1))
 
 
 def _single(images: Tensor) -> Tensor:
