@@ -16,7 +16,6 @@ from algorithms.groups import Groups
 from algorithms.inputs import AdvantageInputs
 from algorithms.registry import ADVANTAGE_ESTIMATORS, AdvantageEstimator, Need
 from algorithms.turns import by_turn
-from algorithms.values import lambda_returns
 
 FIELDS = {
     Need.COMPONENTS: ("components", "is_present", "component_weights"),
@@ -77,22 +76,6 @@ def estimate_advantages(
     advantages = estimator.function(_with_summed_rewards(inputs), switches)
     require_finite(f"the advantage by {name!r}", advantages, index_name="sample")
     return torch.where(inputs.mask, advantages[inputs.sample], 0.0)
-
-
-def critic_returns(name: str, inputs: AdvantageInputs, options: Mapping[str, Any] | None = None) -> Tensor:
-    """What the critic should have said before each token, in keeping with the estimator called `name`.
-
-    Args:
-        name: a registered advantage estimator. Its switches `discount` and `trace_decay`, where it has them, are those
-            of the lambda-return; without, both are 1.
-        inputs: the batch, with `values`.
-        options: the estimator's switches.
-    Returns:
-        [tokens] float64, 0 outside the action mask.
-    """
-    switches = ADVANTAGE_ESTIMATORS.get(name).read_options(options or {}, "algorithm.advantage_options")
-    _check(inputs)
-    return lambda_returns(inputs, getattr(switches, "discount", 1.0), getattr(switches, "trace_decay", 1.0))
 
 
 def weigh_by_difficulty(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class RowLayout:
+class Packing:
     """Where the tokens of sequences of given lengths stand, packed and in rows padded on the right.
 
     Made once for a batch and used for each of its tensors.
@@ -24,7 +24,7 @@ class RowLayout:
     width: int
 
     @classmethod
-    def of(cls, lengths: Tensor, width: int | None = None) -> RowLayout:
+    def of(cls, lengths: Tensor, width: int | None = None) -> Packing:
         """The layout of sequences of these lengths, as wide as the longest unless told otherwise.
 
         Raises:

@@ -7,6 +7,7 @@ environment wrote between them, and token rewards elsewhere mean nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from pydantic import Field
@@ -39,7 +40,7 @@ def discounted_sums(values: Tensor, last: Tensor, factor: float) -> Tensor:
     if factor == 1.0:
         running = values.cumsum(0)
         return running[last] - running + values
-    left = last - torch.arange(len(values), device=values.device)
+    left = (last - torch.arange(len(values), device=values.device)).to(torch.int32)
     sums, reach, longest = values.clone(), 1, int(left.max())
     # Once factor^reach is below the smallest normal number, what lies further away no longer counts.
     while reach <= longest and (weight := factor**reach) > torch.finfo(values.dtype).tiny:
@@ -51,28 +52,41 @@ def discounted_sums(values: Tensor, last: Tensor, factor: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Actions:
-    """The tokens the policy chose, end to end: [actions] each but `index`.
+    """The tokens the policy chose, end to end.
 
     Attributes:
-        index: which of the batch's tokens they are.
-        sample: the sample of each.
-        last: for each, the place among the actions of its sample's last.
-        number: its place within its sample, from 0.
+        index: [actions] int64, which of the batch's tokens they are.
+        sample: [actions] int64, the sample of each.
+        counts: [samples] int64, actions of each sample.
     """
 
     index: Tensor
     sample: Tensor
-    last: Tensor
-    number: Tensor
+    counts: Tensor
 
     @classmethod
     def of(cls, inputs: AdvantageInputs) -> Actions:
         """The actions of a batch."""
         index = inputs.mask.nonzero().squeeze(-1)
         sample = inputs.sample[index]
-        ends = inputs.actions.cumsum(0)
-        places = torch.arange(len(index), device=index.device)
-        return cls(index, sample, ends[sample] - 1, places - (ends - inputs.actions)[sample])
+        return cls(index, sample, torch.bincount(sample, minlength=len(inputs.lengths)))
+
+    @cached_property
+    def closing(self) -> Tensor:
+        """[samples with an action] int64, the places among the actions of the last ones, in order."""
+        return self.counts.cumsum(0)[self.counts > 0] - 1
+
+    @cached_property
+    def last(self) -> Tensor:
+        """[actions] int64, for each the place of its sample's last."""
+        return torch.repeat_interleave(self.counts.cumsum(0) - 1, self.counts, output_size=len(self.index))
+
+    @cached_property
+    def number(self) -> Tensor:
+        """[actions] int64, the place of each within its sample, from 0."""
+        places = torch.arange(len(self.index), device=self.index.device)
+        starts = self.counts.cumsum(0) - self.counts
+        return places - torch.repeat_interleave(starts, self.counts, output_size=len(self.index))
 
     def scatter(self, values: Tensor, like: Tensor) -> Tensor:
         """Values by action as [tokens], 0 elsewhere; `like` is any [tokens] tensor."""
@@ -87,8 +101,8 @@ def rewards_to_go(inputs: AdvantageInputs, actions: Actions, discount: float) ->
     """
     terminal = inputs.rewards[actions.sample]
     if discount < 1.0:
-        places = torch.arange(len(actions.index), device=actions.index.device)
-        terminal = terminal * torch.pow(torch.as_tensor(discount, dtype=terminal.dtype), actions.last - places)
+        left = actions.last - torch.arange(len(actions.index), device=actions.index.device)
+        terminal = terminal * torch.pow(torch.as_tensor(discount, dtype=terminal.dtype, device=left.device), left)
     if inputs.token_rewards is None:
         return terminal
     return terminal + discounted_sums(inputs.token_rewards[actions.index], actions.last, discount)
@@ -112,14 +126,13 @@ def generalised_advantages(inputs: AdvantageInputs, discount: float, trace_decay
     actions = Actions.of(inputs)
     if len(actions.index) == 0:
         return torch.zeros_like(inputs.values)
-    places = torch.arange(len(actions.index), device=actions.index.device)
-    is_last = places == actions.last
     values = inputs.values[actions.index]
-    following = values.roll(-1).masked_fill(is_last, 0.0)
-    rewards = torch.where(is_last, inputs.rewards[actions.sample], 0.0).to(values.dtype)
+    # The error at the last action has no next value, but the sample's reward.
+    errors = values.roll(-1).mul_(discount)
+    errors[actions.closing] = inputs.rewards[actions.counts > 0].to(values.dtype)
+    errors -= values
     if inputs.token_rewards is not None:
-        rewards = rewards + inputs.token_rewards[actions.index]
-    errors = rewards + discount * following - values
+        errors += inputs.token_rewards[actions.index]
     return actions.scatter(discounted_sums(errors, actions.last, discount * trace_decay), inputs.mask)
 
 
@@ -212,15 +225,15 @@ def optimal_token_baseline(inputs: AdvantageInputs, options: Options) -> Tensor:
     returns = rewards_to_go(inputs, actions, 1.0) - least
     energy = 1 - 2 * inputs.log_probs[actions.index].exp() + inputs.collision[actions.index]
     running = energy.clamp(min=0).cumsum(0)
-    before = torch.cat([running.new_zeros(1), running])[actions.last + 1 - inputs.actions[actions.sample]]
+    before = torch.cat([running.new_zeros(1), running])[actions.last + 1 - actions.counts[actions.sample]]
     weights = (running - before).clamp(min=0) + ENERGY_FLOOR
     # One cell for each place within a completion, up to the group's longest.
-    longest = inputs.actions.new_zeros(groups.count).scatter_reduce(0, groups.index, inputs.actions, "amax")
+    longest = actions.counts.new_zeros(groups.count).scatter_reduce(0, groups.index, actions.counts, "amax")
     cell = (longest.cumsum(0) - longest)[groups.index][actions.sample] + actions.number
     cells = int(longest.sum())
     weight_sum = weights.new_zeros(cells).index_add_(0, cell, weights)
     baseline = weights.new_zeros(cells).index_add_(0, cell, weights * returns) / weight_sum
-    alone = inputs.actions.new_zeros(cells).index_add_(0, cell, torch.ones_like(cell)) == 1
+    alone = torch.bincount(cell, minlength=cells) == 1
     return actions.scatter((returns - baseline[cell]).masked_fill(alone[cell], 0.0), inputs.mask)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from algorithms.packing import RowLayout
+from algorithms.packing import Packing
 
 lengths_of_rows = st.lists(st.integers(0, 7), min_size=1, max_size=9)
 
@@ -16,10 +16,10 @@ def numbered(lengths: list[int]) -> Tensor:
 
 
 def test_rows_are_padded_on_the_right() -> None:
-    layout = RowLayout.of(torch.tensor([2, 0, 3]))
+    layout = Packing.of(torch.tensor([2, 0, 3]))
     assert layout.to_rows(numbered([2, 0, 3])).tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5]]
     assert layout.rows.tolist() == [0, 0, 2, 2, 2]
-    mask = RowLayout.of(torch.tensor([1, 2]), width=3).to_rows(torch.ones(3, dtype=torch.bool))
+    mask = Packing.of(torch.tensor([1, 2]), width=3).to_rows(torch.ones(3, dtype=torch.bool))
     assert mask.tolist() == [[True, False, False], [True, True, False]]
 
 
@@ -27,7 +27,7 @@ def test_rows_are_padded_on_the_right() -> None:
 @settings(max_examples=50)
 def test_rows_agree_with_a_loop_and_pack_back_to_the_same(lengths: list[int], room: int) -> None:
     packed = numbered(lengths)
-    layout = RowLayout.of(torch.tensor(lengths), max(lengths) + room)
+    layout = Packing.of(torch.tensor(lengths), max(lengths) + room)
     matrix = layout.to_rows(packed)
     expected = torch.zeros(len(lengths), max(lengths) + room)
     for row, values in enumerate(packed.split(lengths)):
@@ -42,21 +42,21 @@ def test_a_micro_batch_is_cut_from_the_packed_batch(lengths: list[int], random: 
     rows = list(range(len(lengths)))
     random.shuffle(rows)  # type: ignore[attr-defined]
     rows = rows[: len(rows) // 2 + 1]
-    packed, layout = numbered(lengths), RowLayout.of(torch.tensor(lengths))
+    packed, layout = numbered(lengths), Packing.of(torch.tensor(lengths))
     chosen = torch.tensor(rows)
-    part = RowLayout.of(layout.lengths[chosen], layout.width)
+    part = Packing.of(layout.lengths[chosen], layout.width)
     assert torch.equal(part.to_rows(packed[layout.select(chosen)]), layout.to_rows(packed)[chosen])
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    layout = RowLayout.of(torch.tensor([2, 3]))
+    layout = Packing.of(torch.tensor([2, 3]))
     with pytest.raises(ValueError, match=r"packed values must be \[5\], one a token, got \[4\]"):
         layout.to_rows(torch.zeros(4))
     with pytest.raises(ValueError, match=r"the matrix must be \[2, 3\], a row a sequence, got \[2, 4\]"):
         layout.to_packed(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="width = 2 can't hold the longest sequence of 3 tokens"):
-        RowLayout.of(torch.tensor([2, 3]), width=2)
+        Packing.of(torch.tensor([2, 3]), width=2)
 
 
 def test_no_rows_make_an_empty_matrix() -> None:
-    assert RowLayout.of(torch.zeros(0, dtype=torch.long)).to_rows(torch.zeros(0)).shape == (0, 0)
+    assert Packing.of(torch.zeros(0, dtype=torch.long)).to_rows(torch.zeros(0)).shape == (0, 0)

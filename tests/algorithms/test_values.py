@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from algorithms.estimation import critic_returns, estimate_advantages
+from algorithms.estimation import estimate_advantages
 from algorithms.inputs import AdvantageInputs
-from algorithms.registry import RegistryError
 from algorithms.values import lambda_returns, value_loss
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 6))
@@ -122,19 +121,17 @@ def test_the_critics_returns_are_its_values_and_the_advantages_before_whitening(
     options = {"discount": 0.9, "trace_decay": 0.8}
     plain = estimate_advantages("gae", inputs, {**options, "whiten": False})
     assert inputs.values is not None
-    torch.testing.assert_close(critic_returns("gae", inputs, options), plain + inputs.values)
-    # An estimator without a trace decay: the discounted sum of rewards, whatever the values.
+    torch.testing.assert_close(lambda_returns(inputs, 0.9, 0.8), plain + inputs.values)
+    # Without decay: the sum of rewards still to come, whatever the values.
     expected = torch.tensor([0.25 + 0.5, 0.5, 0.5], dtype=torch.float64)
-    torch.testing.assert_close(critic_returns("grpo", inputs), expected)
+    torch.testing.assert_close(lambda_returns(inputs), expected)
 
 
-def test_returns_without_values_and_unknown_switches_are_refused() -> None:
+def test_returns_without_values_are_refused() -> None:
     inputs = one_sample([0.0], [0.0], 1.0)
     bare = AdvantageInputs(inputs.rewards, inputs.group, inputs.lengths, inputs.mask)
     with pytest.raises(ValueError, match=r"AdvantageInputs\.values is None"):
         lambda_returns(bare)
-    with pytest.raises(RegistryError, match="Did you mean discount"):
-        critic_returns("gae", inputs, {"discont": 0.9})
 
 
 def test_regressing_on_returns_finds_the_expected_return() -> None:
