@@ -88,6 +88,7 @@ class Engine:
         optimiser = torch.optim.AdamW(
             trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
+        self._trained = trained
         self._max_grad_norm = config.max_grad_norm
         self._world_size = place.world_size
         # Without ZeRO in float32, DeepSpeed steps a plain torch optimiser, and neither measures the norm nor looks
@@ -129,6 +130,36 @@ class Engine:
         if self.engine.optimizer.overflow:
             return None
         return float(self.engine.get_global_grad_norm())
+
+    @property
+    def shards_gradients(self) -> bool:
+        """Whether each rank holds its own shard of the reduced gradient, rather than all of it."""
+        return not self._steps_plainly
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's share of the reduced gradient, in place: what is written into it is what :meth:`step` applies.
+
+        Valid after the last micro-batch of a gradient, until it is cleared.
+        """
+        if self._steps_plainly:
+            for parameter in self._trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            return [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        averaged = self.engine.optimizer.averaged_gradients
+        return [shard for index in sorted(averaged) for shard in averaged[index]]
+
+    def clear_gradients(self) -> None:
+        """Start the next gradient of the same step from zero, on all ranks."""
+        if self._steps_plainly:
+            self.engine.zero_grad()
+            return
+        optimiser = self.engine.optimizer
+        for index in optimiser.averaged_gradients:
+            optimiser.averaged_gradients[index] = None
+            if hasattr(optimiser, "_release_preflattened_grad_buffers"):  # stages 1 and 2
+                optimiser._release_preflattened_grad_buffers(index)
+        optimiser.zero_grad()
 
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by name, whole, one at a time; valid until the next. Under ZeRO-3 all ranks must iterate."""

@@ -113,7 +113,7 @@ class Learner(ABC):
         """Write everything the next update depends on, for :meth:`load`; all ranks write into the same folder."""
         folder.mkdir(parents=True, exist_ok=True)
         self.engine.engine.save_checkpoint(
-            str(folder), tag=STATE_TAG, client_state={"applied_steps": self.applied_steps}, save_latest=False
+            str(folder), tag=STATE_TAG, client_state=self._client_state(), save_latest=False
         )
         torch.save(_random_states(self.place), folder / f"random_{self.place.rank}.pt")
 
@@ -138,8 +138,15 @@ class Learner(ABC):
             raise FailureError(
                 Failure(FailureKind.DATA, "checkpoint_unreadable", f"{folder} holds no trainer state to load.")
             )
-        self.applied_steps = int(client_state["applied_steps"])
+        self._restore(client_state)
         _restore_random_states(torch.load(random_file, weights_only=True), self.place)
+
+    def _client_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides weights, optimiser and random states."""
+        return {"applied_steps": self.applied_steps}
+
+    def _restore(self, client_state: dict[str, Any]) -> None:
+        self.applied_steps = int(client_state["applied_steps"])
 
     @property
     def _updates_per_step(self) -> int:

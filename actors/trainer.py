@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,14 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
-from actors.batches import check_samples, token_matrix
+from actors.batches import ModelBatch, check_samples, token_matrix
 from actors.engine import Place
 from actors.learner import Learner, MicroBatch, Part, Plan, UnusableOutputError, merged_reports
 from actors.model import completion_log_probs, freeze, load_model
+from actors.objectives import GradientCombiner
 from algorithms import choices  # noqa: F401  registers the built-in methods
+from algorithms.config import AlgorithmConfig
 from algorithms.finite import NonFiniteError
 from algorithms.inputs import BatchTokens
-from algorithms.objective import Denominators, TokenBatch, objective
+from algorithms.objective import Denominators, ObjectiveMetrics, TokenBatch, objective
 from algorithms.registry import POLICY_LOSSES
 from rollout.balance import split_evenly
 from rollout.samples import TrainingSample
@@ -28,6 +32,8 @@ from rollout.user_code import import_modules
 
 if TYPE_CHECKING:
     from actors.policy import PolicySpec
+
+logger = logging.getLogger(__name__)
 
 
 class PolicyTrainer(Learner):
@@ -38,6 +44,8 @@ class PolicyTrainer(Learner):
     def __init__(self, spec: PolicySpec, place: Place, store: distributed.Store | None = None) -> None:
         import_modules(spec.algorithm.modules)
         super().__init__(spec, place, store)
+        has_objectives = spec.algorithm.gradient_combination is not None
+        self.combiner = GradientCombiner(spec.algorithm) if has_objectives else None
 
     def _load_module(self) -> Any:
         module = load_model(self.spec.model)
@@ -113,26 +121,88 @@ class PolicyTrainer(Learner):
             self.encoder.save_pretrained(folder)
         distributed.barrier()
 
+    def _client_state(self) -> dict[str, Any]:
+        return super()._client_state() | {"combiner": self.combiner.state() if self.combiner is not None else {}}
+
+    def _restore(self, client_state: dict[str, Any]) -> None:
+        super()._restore(client_state)
+        if self.combiner is not None:
+            self.combiner.restore(client_state["combiner"])
+
     def _learn(self, plan: Plan, kl_coefficient: float) -> dict[str, float] | None:
         marks = self._marks(plan)
+        if self.combiner is not None:
+            return self._learn_objectives(plan, marks, kl_coefficient, self.combiner)
 
         def loss(micro_batch: MicroBatch, denominators: Denominators) -> Part:
-            return self._loss(micro_batch, marks, denominators, kl_coefficient)
+            tokens = _token_batch(micro_batch, marks)
+            return self._loss(micro_batch, tokens, self.spec.algorithm, denominators, kl_coefficient)
 
         return self._optimise(plan, loss)
+
+    def _learn_objectives(
+        self,
+        plan: Plan,
+        marks: list[NDArray[np.float32]] | None,
+        kl_coefficient: float,
+        combiner: GradientCombiner,
+    ) -> dict[str, float] | None:
+        """One optimiser step of several objectives: a gradient each, and one of what all share (KL and entropy).
+
+        The shared one isn't weighed. Metrics are those of its pass: ratios, KL, entropy, mismatch.
+        """
+        denominators = self._denominators(plan)
+        if denominators is None:
+            return None
+        rewards = torch.from_numpy(np.stack([sample.objective_rewards for sample in plan.samples])).double().mean(0)
+        alone = self.spec.algorithm.model_copy(update={"entropy_coefficient": 0.0})
+        gradients, parts = [], list[ObjectiveMetrics]()
+        for objective_index in (*range(len(rewards)), None):
+            is_shared = objective_index is None
+
+            def loss(micro_batch: MicroBatch, which: int | None = objective_index) -> Part:
+                tokens = _token_batch(micro_batch, marks, objective=-1 if which is None else which)
+                algorithm = self.spec.algorithm if which is None else alone
+                coefficient = kl_coefficient if which is None else 0.0
+                return self._loss(micro_batch, tokens, algorithm, denominators, coefficient)
+
+            parts = self._backward(plan, loss)
+            if not is_shared:
+                gradients.append([shard.clone() for shard in self.engine.gradients()])
+                self.engine.clear_gradients()
+        described = self._combined(gradients, rewards, combiner)
+        report = self._step(parts if described is not None else [], plan.rounds)
+        return None if report is None or described is None else report | described
+
+    def _combined(
+        self, gradients: list[list[Tensor]], rewards: Tensor, combiner: GradientCombiner
+    ) -> dict[str, float] | None:
+        """Add the objectives' combination to the shared gradient; None, and NaN in it, where one isn't finite."""
+        shared = self.engine.gradients()
+        try:
+            described = combiner.combine(
+                gradients, rewards, self.applied_steps, is_sharded=self.engine.shards_gradients
+            )
+        except NonFiniteError as error:
+            logger.warning("rank %d: %s", self.place.rank, error)
+            for shard in shared:
+                shard.fill_(math.nan)
+            return None
+        for shard, combined in zip(shared, gradients[0], strict=True):
+            shard.add_(combined)
+        return described
 
     def _loss(
         self,
         micro_batch: MicroBatch,
-        marks: list[NDArray[np.float32]] | None,
+        tokens: TokenBatch,
+        algorithm: AlgorithmConfig,
         denominators: Denominators,
         kl_coefficient: float,
     ) -> Part:
-        algorithm = self.spec.algorithm
         outcome = self._completion_log_probs(
             micro_batch, with_entropy=True, entropy_gradient=algorithm.entropy_coefficient > 0
         )
-        tokens = _token_batch(micro_batch, marks)
         try:
             return objective(outcome.log_probs, outcome.entropy, tokens, algorithm, denominators, kl_coefficient)
         except NonFiniteError as error:
@@ -185,7 +255,10 @@ class PolicyTrainer(Learner):
         return replace(plan, samples=samples)
 
 
-def _token_batch(micro_batch: MicroBatch, marks: Sequence[NDArray[np.float32]] | None) -> TokenBatch:
+def _token_batch(
+    micro_batch: MicroBatch, marks: Sequence[NDArray[np.float32]] | None, *, objective: int | None = None
+) -> TokenBatch:
+    """Tensors of a micro-batch; with the advantages of one objective alone, or with none for objective -1."""
     samples, batch = micro_batch.samples, micro_batch.batch
     device = batch.tokens.device
 
@@ -195,9 +268,17 @@ def _token_batch(micro_batch: MicroBatch, marks: Sequence[NDArray[np.float32]] |
     own = None if marks is None else [marks[index] for index in micro_batch.indices]
     return TokenBatch(
         matrix("loss_mask", torch.bool),
-        matrix("advantages"),
+        matrix("advantages") if objective is None else _objective_advantages(samples, objective, batch).to(device),
         matrix("behaviour_log_probs"),
         None if samples[0].proximal_log_probs is None else matrix("proximal_log_probs"),
         None if samples[0].reference_log_probs is None else matrix("reference_log_probs"),
         marks=None if own is None else token_matrix(own, batch.shape, torch.float32).to(device),
     )
+
+
+def _objective_advantages(samples: Sequence[TrainingSample], objective: int, batch: ModelBatch) -> Tensor:
+    rows = [sample.objective_advantages for sample in samples]
+    if objective < 0:
+        return torch.zeros(batch.shape)
+    nothing = np.zeros(0, np.float32)  # the filler has none
+    return token_matrix([nothing if row is None else row[objective] for row in rows], batch.shape, torch.float32)

@@ -285,7 +285,11 @@ class Appraiser:
             rewards = table.values[:, index] * table.weights[index]
             rows.append(self._advantages(replace(inputs, rewards=rewards)))
         by_sample = torch.stack(rows).to(torch.float32).split(inputs.lengths.tolist(), dim=1)
-        return [replace(s, objective_advantages=a.numpy()) for s, a in zip(samples, by_sample, strict=True)]
+        rewards = (table.values * table.weights).to(torch.float32)
+        return [
+            replace(s, objective_advantages=a.numpy(), objective_rewards=r.numpy())
+            for s, a, r in zip(samples, by_sample, rewards, strict=True)
+        ]
 
 
 def _without_truncated(samples: Sequence[TrainingSample], groups: Sequence[ScoredGroup]) -> list[TrainingSample]:

@@ -121,6 +121,7 @@ class TrainingSample:
             first forward pass for them (right for one optimiser step a batch).
         objective_advantages: [objectives, tokens] float32, advantages by reward component, where their gradients are
             kept apart; None where they aren't.
+        objective_rewards: [objectives] float32, the rewards themselves.
         values: [tokens] float32, the critic's value before each token; None where there is no critic.
         returns: [tokens] float32, what the critic should have said.
     """
@@ -135,6 +136,7 @@ class TrainingSample:
     reference_log_probs: NDArray[np.float32] | None = None
     proximal_log_probs: NDArray[np.float32] | None = None
     objective_advantages: NDArray[np.float32] | None = None
+    objective_rewards: NDArray[np.float32] | None = None
     values: NDArray[np.float32] | None = None
     returns: NDArray[np.float32] | None = None
 

@@ -78,6 +78,7 @@ def test_the_plain_configuration_works_without_warnings() -> None:
         ([("algorithm.advantage", "gdpo"), ("algorithm.combination", "minimum")], "combines them itself"),
         ([("algorithm.advantage", "gae"), ("algorithm.credit", "turn")], "gives each token a credit of its own"),
         ([("algorithm.gradient_combination", "mgda")], "has only one"),
+        ([("algorithm.gradient_combination", "mgda")], "Set trainer.zero_stage to 2 or 3"),
         ([("algorithm.kl", {"coefficient": 0.1, "estimator": "k1"})], "algorithm.kl.estimator = k1"),
         ([("algorithm.kl", {"coefficient": 0.1, "estimator": "k3", "placement": "reward"})], "estimator = k3"),
         ([("algorithm.kl.coefficient", 0.1), ("reference.micro_batch_tokens", 512)], "reference.micro_batch_tokens"),
