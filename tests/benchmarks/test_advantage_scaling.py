@@ -16,13 +16,13 @@ from algorithms.registry import ADVANTAGE_ESTIMATORS
 
 @pytest.fixture(scope="module")
 def case() -> advantage_scaling.Case:
-    return advantage_scaling.make_case(tokens=600, groups=10, group_size=6)
+    return advantage_scaling.make_case(tokens=2400, groups=40, group_size=6)
 
 
 def test_the_batch_has_exactly_the_tokens_groups_and_lengths_asked_for(case: advantage_scaling.Case) -> None:
-    assert case.tokens == 600
-    assert len(case.lengths) == 60
-    assert case.inputs["group"].unique().numel() == 10
+    assert case.tokens == 2400
+    assert len(case.lengths) == 240
+    assert case.inputs["group"].unique().numel() == 40
     # Lengths lie between a half and one and a half times their mean of 10, give or take rounding and the whole's share.
     assert int(case.lengths.min()) >= 4
     assert int(case.lengths.max()) <= 17
@@ -33,7 +33,7 @@ def test_the_batch_has_exactly_the_tokens_groups_and_lengths_asked_for(case: adv
 @pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS.names())
 def test_every_estimator_goes_through_a_step(case: advantage_scaling.Case, name: str) -> None:
     rows, correction, seconds = advantage_scaling.one_step(case, name)
-    assert rows["advantages"].shape == correction.weights.shape == (60, int(case.lengths.max()))
+    assert rows["advantages"].shape == correction.weights.shape == (240, int(case.lengths.max()))
     assert bool((rows["advantages"] != 0).any())
     assert bool((rows["advantages"][~rows["mask"]] == 0).all())
     for field, each in case.rows.items():
@@ -43,10 +43,10 @@ def test_every_estimator_goes_through_a_step(case: advantage_scaling.Case, name:
 
 def test_the_bytes_of_a_step_are_those_worked_by_hand(case: advantage_scaling.Case) -> None:
     rows, correction, _ = advantage_scaling.one_step(case, "grpo")
-    cells = 60 * int(case.lengths.max())
+    cells = 240 * int(case.lengths.max())
     # Arrays: a byte for the mask and 4 for each of two log-probabilities a token. Inputs: 8 each for reward and group.
     # Rows: mask and three floats. The correction's floats and flags a cell are whatever it reports.
-    expected = 600 * 9 + 60 * 16 + cells * 13
+    expected = 2400 * 9 + 240 * 16 + cells * 13
     reported = sum(value.nbytes for value in vars(correction).values())
     assert advantage_scaling.bytes_of(case, "grpo", rows, correction) == expected + reported
 
