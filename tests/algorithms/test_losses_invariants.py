@@ -99,13 +99,12 @@ def test_padding_changes_nothing_even_if_it_holds_nan(name: str) -> None:
     def widened(values: Tensor) -> Tensor:
         return torch.cat([values, torch.full((len(values), 3), math.nan)], dim=1)
 
+    assert batch.proximal_log_probs is not None
     wide = TokenBatch(
         torch.cat([batch.mask, torch.zeros(len(batch.mask), 3, dtype=torch.bool)], dim=1),
-        *(
-            widened(part)
-            for part in (batch.advantages, batch.behaviour_log_probs, batch.proximal_log_probs)
-            if part is not None
-        ),
+        widened(batch.advantages),
+        widened(batch.behaviour_log_probs),
+        widened(batch.proximal_log_probs),
         marks=None if batch.marks is None else widened(batch.marks),
     )
     padded = widened(log_probs.detach()).requires_grad_()
@@ -182,10 +181,13 @@ def test_clipped_tokens_lie_inside_the_mask(name: str) -> None:
     assert batch.proximal_log_probs is not None
     zero = torch.zeros_like(batch.advantages)
     parts = (log_probs, batch.proximal_log_probs, batch.behaviour_log_probs, batch.advantages)
-    inside = [torch.where(batch.mask, part, zero) for part in parts]
+    current, proximal, behaviour, advantages = (torch.where(batch.mask, part, zero) for part in parts)
     marks = None if batch.marks is None else torch.where(batch.mask, batch.marks, zero)
     entry = POLICY_LOSSES.get(name)
-    loss = entry.function(LossInputs(*inside, batch.mask, marks), entry.read_options(SWITCHES.get(name, {})))
+    loss = entry.function(
+        LossInputs(current, proximal, behaviour, advantages, batch.mask, marks),
+        entry.read_options(SWITCHES.get(name, {})),
+    )
     for is_clipped in (loss.is_clipped_low, loss.is_clipped_high):
         assert is_clipped is None or not bool((is_clipped & ~batch.mask).any())
     if loss.is_clipped_low is not None and loss.is_clipped_high is not None:

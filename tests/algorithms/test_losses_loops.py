@@ -254,7 +254,8 @@ def test_value_and_gradient_are_those_of_the_loop(name: str, lengths: list[int],
             continue
         marks = torch.zeros_like(inputs.advantages) if inputs.marks is None else inputs.marks
         parts = (inputs.log_probs, inputs.proximal_log_probs, inputs.behaviour_log_probs, inputs.advantages, marks)
-        sequence = Sequence(*(part[row][mask].tolist() for part in parts), options=options)
+        current, proximal, behaviour, advantages, marked = (part[row][mask].tolist() for part in parts)
+        sequence = Sequence(current, proximal, behaviour, advantages, marked, options)
         expected_values, expected_slopes = loop(name, sequence)
         assert inside[row][mask].tolist() == pytest.approx(expected_values, abs=1e-9)
         assert slopes[row][mask].tolist() == pytest.approx(expected_slopes, abs=1e-9)
