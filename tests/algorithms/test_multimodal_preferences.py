@@ -55,7 +55,7 @@ def tokens_of(log_probs: list[float], ratios: list[float], corrected: list[int],
             policy,
             torch.tensor([[True] * len(log_probs) + [False]]),
             policy - tensor(*ratios, 0.0)[None],
-            tensor(*kl, 7.0)[None],
+            tensor(*kl, 9 * sum(kl))[None],
             torch.tensor([[*corrected, 1]]).bool(),
         )
     )
@@ -555,12 +555,12 @@ def test_damas_state_is_that_worked_by_hand() -> None:
     assert first.gap_mean == pytest.approx(1.0)
     assert first.margin_mean == pytest.approx(2.0)
     assert first.model_scale == 1.0
-    # Step 2: gaps 2, 3 and 9; 9 is more than 2 deviations from 1 and left out: batch mean 2.5.
-    # model_scale = sigmoid(2.5) / sigmoid(1) = 0.924142 / 0.731059 = 1.264115.
-    # Means with decay 0.5: gap (0.5 * 2 + 5) / (1 + 2) = 2; margin (0.5 * 4 + 0) / (1 + 3) = 0.5.
-    second = dama_step([2.0, 3.0, 9.0], first)
-    assert second.model_scale == pytest.approx(1.264115, abs=1e-6)
-    assert second.gap_mean == pytest.approx(2.0)
+    # Step 2: gaps 2, 2.5 and 4; 4 is more than 2 deviations from 1 and left out: batch mean 2.25.
+    # model_scale = sigmoid(2.25) / sigmoid(1) = 0.904651 / 0.731059 = 1.237453.
+    # Means with decay 0.5: gap (0.5 * 2 + 4.5) / (1 + 2) = 11/6; margin (0.5 * 4 + 0) / (1 + 3) = 0.5.
+    second = dama_step([2.0, 2.5, 4.0], first)
+    assert second.model_scale == pytest.approx(1.237453, abs=1e-6)
+    assert second.gap_mean == pytest.approx(11 / 6)
     assert second.margin_mean == pytest.approx(0.5)
 
 
