@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import algorithms.advantages
+import algorithms.adversarial_images
 import algorithms.aggregation
 import algorithms.combination
 import algorithms.correction
