@@ -127,13 +127,13 @@ def completion_log_probs(
             lambda: _forward(model, batch), head, batch, transform, budget_bytes=budget_bytes, **options
         )
     if statistics is None:
-        statistics = statistics_of_logits(_completion_logits(model, batch), batch.tokens, **options)
+        statistics = statistics_of_logits(completion_logits(model, batch), batch.tokens, **options)
     log_probs, entropy, collision = (None if part is None else _scatter(part, batch) for part in statistics)
     assert log_probs is not None
     return TokenLogProbs(log_probs, entropy, collision)
 
 
-def _completion_logits(model: Any, batch: ModelBatch) -> Tensor:
+def completion_logits(model: Any, batch: ModelBatch) -> Tensor:
     """[N, vocabulary] logits that predict the completion tokens."""
     head = getattr(model, "module", model).get_output_embeddings()
 

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from algorithms.values import value_loss
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from actors.batches import ModelBatch, check_samples, token_matrix
 from actors.learner import Learner, MicroBatch, Part, UnusableOutputError, merged_reports
-from actors.model import gathered_at_head, load_model
+from actors.model import completion_logits, load_model
+from actors.output_head import expected_transform
 from algorithms.finite import NonFiniteError, require_finite
+from algorithms.logit_tiles import LogitTransform
 from algorithms.objective import Denominators, ObjectiveMetrics
+from algorithms.values import value_loss
 from rollout.balance import split_evenly
 from rollout.samples import TrainingSample
 
@@ -95,10 +97,18 @@ class ValueTrainer(Learner):
 def load_value_model(spec: CriticSpec) -> Any:
     """The model of a folder with a head of one output, 0 at the start, in place of its output embeddings.
 
-    What the recipe freezes of the vision side stays frozen here too; a frozen language model would leave the critic
-    no more than its head, so it isn't.
+    All of the body learns: a frozen one would leave the critic no more than its head.
+
+    Raises:
+        ValueError: the family scales or caps what its head says, which would bend the values.
     """
     model = load_model(spec.model)
+    transform = expected_transform(model.config)
+    if transform != LogitTransform():
+        raise ValueError(
+            f"critic: {spec.model.path} changes what its output head says ({transform}), which values can't bear. "
+            "Name a model of another family in critic.path, or use an estimator without a critic."
+        )
     old = model.get_output_embeddings()
     head = nn.Linear(old.weight.shape[1], 1, bias=True, dtype=old.weight.dtype)
     nn.init.zeros_(head.weight)
@@ -110,7 +120,7 @@ def load_value_model(spec: CriticSpec) -> Any:
 
 def completion_values(model: Any, batch: ModelBatch) -> Tensor:
     """The value before each completion token, [B, T] float32; 0 behind each completion's end."""
-    values = gathered_at_head(model, batch)[:, 0].float()
+    values = completion_logits(model, batch)[:, 0].float()
     return values.new_zeros(batch.shape).index_put((batch.samples, batch.columns), values)
 
 

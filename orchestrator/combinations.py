@@ -164,12 +164,12 @@ def _algorithm_problems(config: Config) -> list[str]:
             f"algorithm.gradient_combination = {algorithm.gradient_combination} combines the gradients of reward "
             "components, and reward.components has only one. Name at least two, or leave it out."
         )
-    if algorithm.gradient_combination is not None and config.trainer.zero_stage == 0:
-        if config.model.precision == "bfloat16":
-            found.append(
-                f"algorithm.gradient_combination = {algorithm.gradient_combination} reads gradients where DeepSpeed's "
-                "optimiser for bfloat16 without ZeRO doesn't show them. Set trainer.zero_stage to 2 or 3."
-            )
+    is_hidden = config.trainer.zero_stage == 0 and config.model.precision == "bfloat16"
+    if algorithm.gradient_combination is not None and is_hidden:
+        found.append(
+            f"algorithm.gradient_combination = {algorithm.gradient_combination} reads gradients where DeepSpeed's "
+            "optimiser for bfloat16 without ZeRO doesn't show them. Set trainer.zero_stage to 2 or 3."
+        )
     if algorithm.kl.coefficient > 0.0 and config.reference.micro_batch_tokens < config.model.max_length:
         found.append(
             f"reference.micro_batch_tokens = {config.reference.micro_batch_tokens} can't hold one sample of "
