@@ -12,6 +12,7 @@ from torch import Tensor
 
 from actors.shared_media import SharedImages, share_images
 from actors.shared_prompts import RowLayout, row_layout
+from algorithms.packing import Packing
 from rollout.encoding import ExpandedPrompt, PromptEncoder
 from rollout.failures import DataError, Failure, FailureError, FailureKind
 from rollout.samples import TrainingSample
@@ -125,10 +126,8 @@ def model_batch(
 
 def token_matrix(values: Sequence[NDArray[np.generic]], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Values by completion token as [B, T], zeros behind each completion's end."""
-    matrix = torch.zeros(shape, dtype=dtype)
-    for row, value in enumerate(values):
-        matrix[row, : len(value)] = torch.from_numpy(np.ascontiguousarray(value)).to(dtype)
-    return matrix
+    lengths = torch.tensor([len(value) for value in values])
+    return Packing.of(lengths, shape[1]).to_rows(torch.from_numpy(np.concatenate(values)).to(dtype))
 
 
 def expand_prompts(samples: Sequence[TrainingSample], encoder: PromptEncoder) -> list[ExpandedPrompt]:

@@ -154,7 +154,8 @@ class PolicyTrainer(Learner):
         denominators = self._denominators(plan)
         if denominators is None:
             return None
-        rewards = torch.from_numpy(np.stack([sample.objective_rewards for sample in plan.samples])).double().mean(0)
+        found = [sample.objective_rewards for sample in plan.samples if sample.objective_rewards is not None]
+        rewards = torch.from_numpy(np.stack(found)).double().mean(0)
         alone = self.spec.algorithm.model_copy(update={"entropy_coefficient": 0.0})
         gradients, parts = [], list[ObjectiveMetrics]()
         for objective_index in (*range(len(rewards)), None):

@@ -4,6 +4,7 @@ built-in method."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import algorithms.advantages
@@ -65,6 +66,7 @@ def problems(config: AlgorithmConfig, *, modules_imported: bool = True) -> list[
     return [
         *found,
         *_loss_problems(config, estimator, loss),
+        *_credit_problems(config, estimator, loss),
         *_reward_problems(config, estimator),
         *_kl_problems(config),
     ]
@@ -102,11 +104,11 @@ def _choices(config: AlgorithmConfig) -> list[Callable[[bool], list[str]]]:
     for index, shape in enumerate(config.shaping):
         key = f"algorithm.shaping.{index}"
         named.append((REWARD_SHAPES, shape.name, shape.options, f"{key}.name", f"{key}.options"))
-    return [lambda may_come, each=each: _named(*each, may_come=may_come) for each in named]
+    return [partial(_named, *each) for each in named]
 
 
 def _named(
-    registry: Registry[Any], name: str, options: Mapping[str, Any], place: str, options_place: str, *, may_come: bool
+    registry: Registry[Any], name: str, options: Mapping[str, Any], place: str, options_place: str, may_come: bool
 ) -> list[str]:
     if name not in registry and may_come:
         return []
@@ -158,10 +160,33 @@ def _reward_problems(config: AlgorithmConfig, estimator: AdvantageEstimator) -> 
                 f"algorithm.gradient_combination = {config.gradient_combination} has no one reward that "
                 "algorithm.kl.placement = reward could lower. Set it to loss."
             )
-    if config.credit == "turn" and estimator.level == "token":
+    if takes_components and config.kl.placement == "reward" and config.kl.coefficient > 0:
         found.append(
-            f"algorithm.credit = turn doesn't go with algorithm.advantage = {estimator.name}, which gives each token a "
-            "credit of its own. Set it to trajectory."
+            f"algorithm.kl.placement = reward lowers the combined reward, but algorithm.advantage = {estimator.name} "
+            "looks at the components. Set it to loss."
+        )
+    return found
+
+
+def _credit_problems(config: AlgorithmConfig, estimator: AdvantageEstimator, loss: PolicyLoss) -> list[str]:
+    if config.credit == "trajectory":
+        return []
+    found, key = [], "algorithm.credit = turn"
+    if estimator.level == "token":
+        found.append(
+            f"{key} doesn't go with algorithm.advantage = {estimator.name}, which gives each token a credit of its "
+            "own. Set it to trajectory."
+        )
+    elif whole := estimator.needs & {Need.COMPONENTS, Need.GREEDY_REWARDS}:
+        what = " and ".join(sorted(each.value.replace("_", " ") for each in whole))
+        found.append(
+            f"{key} doesn't go with algorithm.advantage = {estimator.name}, whose {what} are of whole completions. Set "
+            "it to trajectory."
+        )
+    if loss.unit == "sequence":
+        found.append(
+            f"{key} gives a sequence several advantages, but algorithm.loss = {loss.name} has one ratio for all of it. "
+            "Use gspo_token, or set it to trajectory."
         )
     return found
 

@@ -73,7 +73,7 @@ class AlgorithmConfig(BaseModel):
         "trajectory", description="What is compared and credited: whole completions, or each turn of the policy."
     )
     turn_discount: float = Field(
-        0.0, ge=0.0, le=1.0, description="With credit by turn: weight of the next turn's reward, and so on."
+        1.0, ge=0.0, le=1.0, description="With credit by turn: what the next turn's reward is worth to this one."
     )
     answer_pattern: str | None = Field(
         None,

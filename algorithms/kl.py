@@ -212,6 +212,16 @@ def full(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     return (log_probs.exp() * gap).sum(-1)
 
 
+def needs_distributions(config: KLConfig) -> bool:
+    """Whether the loss holds a KL over whole distributions, for which each token's log-probability isn't enough.
+
+    Raises:
+        RegistryError: no estimator of that name is registered.
+    """
+    is_in_loss = config.coefficient > 0 and config.placement == "loss"
+    return is_in_loss and KL_ESTIMATORS.get(config.estimator).needs_distributions
+
+
 def kl_token_rewards(
     log_probs: Tensor,
     reference_log_probs: Tensor,

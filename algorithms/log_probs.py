@@ -177,6 +177,7 @@ def full_kl(
     reference_bias: Tensor | None = None,
     temperature: float = 1.0,
     transform: LogitTransform | None = None,
+    reference_transform: LogitTransform | None = None,
     banned_token_ids: tuple[int, ...] = (),
     budget_bytes: int = BUDGET_BYTES,
 ) -> Tensor:
@@ -193,7 +194,7 @@ def full_kl(
         reference_weight: [V, H'].
         bias, reference_bias: [V].
         temperature: above 0, of both.
-        transform: of both models' logits, before the temperature.
+        transform, reference_transform: of each model's logits, before the temperature.
         banned_token_ids: of probability 0 in both; they add nothing.
         budget_bytes: of logits of both models at once.
     Returns:
@@ -208,10 +209,13 @@ def full_kl(
             f"the policy has {len(hidden)} tokens over a vocabulary of {len(weight)}, the reference "
             f"{len(reference_hidden)} over {len(reference_weight)}: they must agree."
         )
-    settings = LogitSettings(transform or LogitTransform(), temperature, tuple(sorted(set(banned_token_ids))))
+    banned = tuple(sorted(set(banned_token_ids)))
+    settings = LogitSettings(transform or LogitTransform(), temperature, banned)
+    reference_settings = LogitSettings(reference_transform or LogitTransform(), temperature, banned)
     divergence: Tensor = _FullKL.apply(
-        hidden, weight, bias, reference_hidden, reference_weight, reference_bias, settings, budget_bytes
-    )
+        hidden, weight, bias, reference_hidden, reference_weight, reference_bias, settings, reference_settings,
+        budget_bytes,
+    )  # fmt: skip
     return divergence
 
 
@@ -293,11 +297,14 @@ class _FullKL(torch.autograd.Function):
         reference_weight: Tensor,
         reference_bias: Tensor | None,
         settings: LogitSettings,
+        reference_settings: LogitSettings,
         budget_bytes: int,
     ) -> Tensor:
         tile_bytes = budget_bytes // TILE_SHARE // 2
         policy = Head(hidden, weight, bias, settings, tile_bytes, extra_buffers=1)
-        reference = Head(reference_hidden, reference_weight, reference_bias, settings, tile_bytes, like=policy)
+        reference = Head(
+            reference_hidden, reference_weight, reference_bias, reference_settings, tile_bytes, like=policy
+        )
         sums, reference_sums = _RunningSums(policy, with_product=True), _RunningSums(reference)
         for rows, columns in tiles(policy):
             logits, reference_logits = policy.logits(rows, columns), reference.logits(rows, columns)
@@ -310,7 +317,7 @@ class _FullKL(torch.autograd.Function):
             hidden, weight, bias, reference_hidden, reference_weight, reference_bias, log_normaliser,
             reference_log_normaliser, divergence,
         )  # fmt: skip
-        ctx.settings, ctx.tile_bytes = settings, tile_bytes
+        ctx.settings, ctx.reference_settings, ctx.tile_bytes = settings, reference_settings, tile_bytes
         return divergence
 
     @staticmethod
@@ -319,7 +326,9 @@ class _FullKL(torch.autograd.Function):
         hidden, weight, bias, reference_hidden, reference_weight, reference_bias, *by_token = ctx.saved_tensors
         log_normaliser, reference_log_normaliser, divergence = by_token
         policy = Head(hidden, weight, bias, ctx.settings, ctx.tile_bytes)
-        reference = Head(reference_hidden, reference_weight, reference_bias, ctx.settings, ctx.tile_bytes, like=policy)
+        reference = Head(
+            reference_hidden, reference_weight, reference_bias, ctx.reference_settings, ctx.tile_bytes, like=policy
+        )
         policy.expect_gradients(*ctx.needs_input_grad[:3])
         for rows, columns in tiles(policy):
             log_probs = policy.logits(rows, columns, keeps_slope=True).sub_(log_normaliser[rows, None])
@@ -327,7 +336,7 @@ class _FullKL(torch.autograd.Function):
             difference = torch.sub(log_probs, reference_log_probs, out=reference_log_probs)
             difference.sub_(divergence[rows, None]).mul_(gradient[rows, None])
             policy.pull_back(log_probs.exp_().mul_(difference), rows, columns)
-        return (*policy.gradients(), None, None, None, None, None)
+        return (*policy.gradients(), None, None, None, None, None, None)
 
 
 class _RunningSums:

@@ -74,7 +74,7 @@ class Method:
         try:
             return self.options.model_validate(dict(values))
         except ValidationError as error:
-            raise RegistryError("\n".join(self._problem(dict(each), setting) for each in error.errors())) from error
+            raise RegistryError("\n".join(self._problem(each, setting) for each in _telling(error))) from error
 
     def _problem(self, error: dict[str, Any], setting: str) -> str:
         place = ".".join(str(part) for part in error["loc"])
@@ -87,6 +87,13 @@ class Method:
         nearest = difflib.get_close_matches(place, known, n=1, cutoff=0.5)
         hint = f" Did you mean {nearest[0]}?" if nearest else ""
         return f"{key} is not a switch of {self.name!r}.{hint} It has: {', '.join(known) or 'none'}."
+
+
+def _telling(error: ValidationError) -> list[dict[str, Any]]:
+    """The errors without the one that a list is too short where its entries have errors of their own."""
+    found: list[dict[str, Any]] = [dict(each) for each in error.errors()]
+    inner = {each["loc"][:depth] for each in found for depth in range(len(each["loc"]))}
+    return [each for each in found if each["type"] != "too_short" or each["loc"] not in inner]
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,13 @@ def _algorithm_problems(config: Config) -> list[str]:
             f"rollout.group_size = 1 with algorithm.advantage = {algorithm.advantage} makes every advantage zero, "
             "because it compares the samples of one prompt. Raise it to at least 2, or choose another estimator."
         )
+    default = ADVANTAGE_ESTIMATORS.get("grpo_pass_at_k").options.model_fields["k"].default
+    subset = algorithm.advantage_options.get("k", default)
+    if algorithm.advantage == "grpo_pass_at_k" and isinstance(subset, int) and config.rollout.group_size <= subset:
+        found.append(
+            f"algorithm.advantage_options.k = {subset} with rollout.group_size = {config.rollout.group_size} leaves "
+            f"nothing to compare: every subset is the group. Raise the group size above {subset}, or lower k."
+        )
     if algorithm.gradient_combination is not None and len(config.reward.components) < 2:
         found.append(
             f"algorithm.gradient_combination = {algorithm.gradient_combination} combines the gradients of reward "

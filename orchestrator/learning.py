@@ -17,7 +17,7 @@ from algorithms.estimation import estimate_advantages, weigh_by_difficulty
 from algorithms.inputs import AdvantageInputs
 from algorithms.kl import kl_token_rewards
 from algorithms.registry import ADVANTAGE_ESTIMATORS, REWARD_COMBINATIONS, Need
-from algorithms.shaping import ShapingInputs, shape_rewards
+from algorithms.shaping import ShapingInputs, informative_groups, overlong_filter, shape_rewards
 from algorithms.values import lambda_returns
 from orchestrator.config import Config
 from reward.scoring import component_labels
@@ -179,7 +179,8 @@ class Appraiser:
             returns = lambda_returns(inputs, discount, self._critic_trace_decay).to(torch.float32).split(lengths)
             made = [replace(s, returns=r.numpy()) for s, r in zip(made, returns, strict=True)]
         if not self._algorithm.train_on_truncated:
-            made = _without_truncated(made, groups)
+            masks = overlong_filter(inputs.mask, inputs.sample, _truncated(groups)).split(lengths)
+            made = [replace(s, loss_mask=m.numpy()) for s, m in zip(made, masks, strict=True)]
         if self._algorithm.gradient_combination is not None:
             made = self._with_objectives(made, inputs, table)
         return Appraisal(made, metrics, component_means(self._table(table, inputs.group)))
@@ -228,11 +229,10 @@ class Appraiser:
     ) -> Tensor:
         if not self._algorithm.shaping:
             return rewards
-        finished = [c.finish_reason for g in groups for c in g.generation.completions]
         shaping = ShapingInputs(
             rewards=rewards,
             lengths=inputs.lengths,
-            is_truncated=torch.tensor([reason is FinishReason.LENGTH for reason in finished]),
+            is_truncated=_truncated(groups),
             token_ids=torch.from_numpy(np.concatenate([s.token_ids for s in samples])).long(),
             sample=inputs.sample,
             max_tokens=self._max_tokens,
@@ -292,13 +292,9 @@ class Appraiser:
         ]
 
 
-def _without_truncated(samples: Sequence[TrainingSample], groups: Sequence[ScoredGroup]) -> list[TrainingSample]:
-    """The samples, those cut off by the token limit without a trained token (DAPO, arXiv 2503.14476, section 3.4)."""
-    finished = [c.finish_reason for g in groups for c in g.generation.completions]
-    return [
-        replace(s, loss_mask=np.zeros_like(s.loss_mask)) if reason is FinishReason.LENGTH else s
-        for s, reason in zip(samples, finished, strict=True)
-    ]
+def _truncated(groups: Sequence[ScoredGroup]) -> Tensor:
+    """[samples] bool, completions that the token limit cut off."""
+    return torch.tensor([c.finish_reason is FinishReason.LENGTH for g in groups for c in g.generation.completions])
 
 
 def _packed(samples: Sequence[TrainingSample], name: str) -> Tensor:
@@ -318,7 +314,7 @@ def _answers(groups: Sequence[ScoredGroup], pattern: str | None) -> Tensor:
 
 def batch_metrics(groups: Sequence[ScoredGroup], version: int) -> dict[str, float]:
     """What a batch looks like: rewards, lengths, staleness. `version` is the policy version that learns from it."""
-    rewards = np.array([[s.value for s in g.scores] for g in groups if g.scores], dtype=object)
+    group = torch.tensor([i for i, g in enumerate(groups) for _ in g.scores])
     flat = np.array([s.value for g in groups for s in g.scores], dtype=np.float64)
     completions = [c for g in groups for c in g.generation.completions]
     lengths = np.array([len(c) for c in completions], dtype=np.float64)
@@ -329,7 +325,7 @@ def batch_metrics(groups: Sequence[ScoredGroup], version: int) -> dict[str, floa
         "reward/std": float(flat.std()),
         "reward/min": float(flat.min()),
         "reward/max": float(flat.max()),
-        "reward/equal_groups_share": float(np.mean([len(set(row)) == 1 for row in rewards])),
+        "reward/equal_groups_share": 1.0 - float(informative_groups(torch.from_numpy(flat), group).double().mean()),
         "rollout/groups": float(len(groups)),
         "rollout/completions": float(len(completions)),
         "rollout/tokens": float(lengths.sum()),

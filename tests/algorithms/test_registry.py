@@ -2,9 +2,10 @@
 
 import pytest
 
-from algorithms.advantages import estimate_advantages  # noqa: F401  registers the built-in estimators
+from algorithms import choices  # noqa: F401  registers the built-in methods
+from algorithms.inference_aware import InferenceAwareOptions
 from algorithms.losses import clip
-from algorithms.registry import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, Registry, RegistryError
+from algorithms.registry import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, Method, Registry, RegistryError, method
 
 
 def test_the_built_in_names_are_registered() -> None:
@@ -25,8 +26,37 @@ def test_a_name_like_no_other_gets_no_suggestion() -> None:
 
 
 def test_a_taken_name_is_refused_and_keeps_its_first_owner() -> None:
-    registry: Registry[int] = Registry("number", "algorithm.number")
-    registry.add("one", 1)
-    with pytest.raises(RegistryError, match="'one' is registered already"):
-        registry.add("one", 2)
-    assert registry.get("one") == 1
+    registry: Registry[Method] = Registry("number", "algorithm.number")
+
+    @method(registry, "one")
+    def first() -> int:
+        return 1
+
+    with pytest.raises(RegistryError, match=r"'one' is registered already, as .*first"):
+
+        @method(registry, "one")
+        def second() -> int:
+            return 2
+
+    assert registry.get("one").function is first
+
+
+def test_a_switch_that_does_not_exist_is_named_with_the_nearest_and_all_there_are() -> None:
+    with pytest.raises(
+        RegistryError, match=r"here\.hihg is not a switch of 'clip'. Did you mean high\? It has: low, high"
+    ):
+        POLICY_LOSSES.get("clip").read_options({"hihg": 0.3}, "here")
+
+
+def test_a_wrong_value_is_named_with_where_it_stands() -> None:
+    with pytest.raises(RegistryError, match=r"here\.low = 1\.5 of 'clip'"):
+        POLICY_LOSSES.get("clip").read_options({"low": 1.5}, "here")
+
+
+def test_a_wrong_entry_of_a_list_is_told_once() -> None:
+    terms = {"terms": [{"transform": "nonsense"}]}
+    with pytest.raises(RegistryError) as caught:
+        ADVANTAGE_ESTIMATORS.get("inference_aware").read_options(terms, "here")
+    assert "here.terms.0" in str(caught.value)
+    assert "too short" not in str(caught.value) and "at least 1 item" not in str(caught.value)  # noqa: PT018
+    assert InferenceAwareOptions.model_validate({}) is not None

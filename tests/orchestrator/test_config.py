@@ -78,6 +78,16 @@ def test_the_plain_configuration_works_without_warnings() -> None:
         ([("algorithm.advantage", "gdpo"), ("algorithm.combination", "minimum")], "combines them itself"),
         ([("algorithm.advantage", "gae"), ("algorithm.credit", "turn")], "gives each token a credit of its own"),
         ([("algorithm.gradient_combination", "mgda")], "has only one"),
+        ([("algorithm.credit", "turn"), ("algorithm.loss", "gspo")], "Use gspo_token"),
+        ([("algorithm.credit", "turn"), ("algorithm.advantage", "remax")], "greedy rewards are of whole completions"),
+        ([("algorithm.advantage", "grpo_pass_at_k"), ("rollout.group_size", 4)], "every subset is the group"),
+        (
+            [
+                ("algorithm.advantage", "gdpo"),
+                ("algorithm.kl", {"coefficient": 0.1, "estimator": "k1", "placement": "reward"}),
+            ],
+            "looks at the components",
+        ),
         ([("algorithm.gradient_combination", "mgda")], "Set trainer.zero_stage to 2 or 3"),
         ([("algorithm.kl", {"coefficient": 0.1, "estimator": "k1"})], "algorithm.kl.estimator = k1"),
         ([("algorithm.kl", {"coefficient": 0.1, "estimator": "k3", "placement": "reward"})], "estimator = k3"),

@@ -16,7 +16,7 @@ from tests.orchestrator.stand_ins import PROMPT_TOKENS, completion, prompt
 def config(components: tuple[str, ...] = ("part",), **algorithm: Any) -> Config:
     return Config.model_validate(
         {
-            "model": {"path": "model"},
+            "model": {"path": "model", "precision": "float32"},
             "data": {"train": {"path": "train.jsonl"}},
             "reward": {"components": [{"function": name, "weight": 2.0 - i} for i, name in enumerate(components)]},
             "rollout": {"sampling": {"max_tokens": 4}},

@@ -173,12 +173,27 @@ def test_arguments_a_reward_function_does_not_take_are_an_error(tree: dict[str, 
     assert error.startswith("reward.components.0.arguments: preflight_length can't be called")
 
 
-@pytest.mark.parametrize(("key", "near"), [("advantage", "grpo"), ("loss", "clip")])
-def test_an_algorithm_that_is_not_registered_names_the_nearest(tree: dict[str, Any], key: str, near: str) -> None:
-    tree["algorithm"] = {key: near + "p"}
+def test_a_method_that_the_users_file_does_not_register_names_the_nearest(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from algorithms.registry import advantage_estimator\n"
+        "@advantage_estimator('preflight_sign')\n"
+        "def sign(inputs, options):\n"
+        "    return inputs.rewards.sign()\n"
+    )
+    tree["algorithm"] = {"modules": [str(tmp_path / "mine.py")], "advantage": "preflight_sing"}
     (error,) = errors(tree)
-    assert f"algorithm.{key}" in error
-    assert near in error
+    assert error.startswith("algorithm.advantage: there is no advantage estimator 'preflight_sing'.")
+    assert "Did you mean 'preflight_sign'?" in error
+    tree["algorithm"]["advantage"] = "preflight_sign"
+    assert errors(tree) == []
+
+
+def test_a_file_of_methods_that_fails_is_named(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import nowhere_to_be_found\n")
+    tree["algorithm"] = {"modules": [str(tmp_path / "broken.py")]}
+    (error,) = errors(tree)
+    assert error.startswith("algorithm.modules: ")
+    assert "broken.py:1" in error
 
 
 def test_an_existing_run_is_not_overwritten(tree: dict[str, Any], tmp_path: Path) -> None:

@@ -80,9 +80,16 @@ def test_nothing_is_coerced_silently(recipe: Path, setting: str) -> None:
 
 
 def test_a_misspelt_choice_names_the_nearest(recipe: Path) -> None:
+    assert only(recipe, "algorithm.kl.placement=rewrad") == (
+        "command line: algorithm.kl.placement = rewrad is not allowed: it must be one of loss, reward. Did you mean "
+        "reward?"
+    )
+
+
+def test_a_misspelt_method_names_the_nearest_and_all_there_are(recipe: Path) -> None:
     assert only(recipe, "algorithm.aggregation=token_maen") == (
-        "command line: algorithm.aggregation = token_maen is not allowed: it must be one of token_mean, "
-        "sequence_mean, sequence_sum. Did you mean token_mean?"
+        "recipes/mine.yaml: algorithm.aggregation: there is no aggregation 'token_maen'. Did you mean 'token_mean'? "
+        "Registered: constant_length, sequence_mean, sequence_sum, token_mean."
     )
 
 
