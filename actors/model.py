@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from actors.batches import ModelBatch
 from actors.config import FreezeConfig, ModelConfig
-from actors.output_head import can_tile, expected_transform, statistics_inside_head
+from actors.output_head import (
+    ReferenceOutputs,
+    can_tile,
+    expected_transform,
+    hidden_states_inside_head,
+    is_plain,
+    statistics_inside_head,
+)
 from actors.shared_media import GRID, repeated_images
 from algorithms.log_probs import BUDGET_BYTES, statistics_of_logits
 
@@ -28,11 +35,13 @@ class TokenLogProbs(NamedTuple):
         log_probs: [B, T] float32, nats; 0 behind each completion's end.
         entropy: [B, T] float32, nats; None where not asked for.
         collision: [B, T] float32, the sum of squared probabilities, without gradient; None where not asked for.
+        kl: [B, T] float32, nats, the exact KL of the distribution to the reference's; None where there is none.
     """
 
     log_probs: Tensor
     entropy: Tensor | None
     collision: Tensor | None
+    kl: Tensor | None = None
 
 
 def load_model(config: ModelConfig, path: Path | None = None) -> Any:
@@ -42,6 +51,18 @@ def load_model(config: ModelConfig, path: Path | None = None) -> Any:
         config: precision, attention and whether code of the folder may run.
         path: another folder than the config's (the reference may have its own).
     """
+    folder = path or config.path
+    kind, _ = auto_class(folder, trust_remote_code=config.trust_remote_code)
+    return kind.from_pretrained(
+        folder,
+        dtype=getattr(torch, config.precision),
+        attn_implementation=config.attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def auto_class(folder: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The class that makes a folder's model, and its configuration."""
     from transformers import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoConfig,
@@ -49,19 +70,12 @@ def load_model(config: ModelConfig, path: Path | None = None) -> Any:
         AutoModelForImageTextToText,
     )
 
-    folder = path or config.path
-    hub_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    hub_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     remote_classes = getattr(hub_config, "auto_map", None) or {}
     is_multimodal = (
         type(hub_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in remote_classes
     )
-    auto_class: Any = AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
-    return auto_class.from_pretrained(
-        folder,
-        dtype=getattr(torch, config.precision),
-        attn_implementation=config.attention,
-        trust_remote_code=config.trust_remote_code,
-    )
+    return (AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM), hub_config
 
 
 def freeze(model: nn.Module, config: FreezeConfig) -> None:
@@ -93,6 +107,7 @@ def completion_log_probs(
     with_entropy: bool = False,
     entropy_gradient: bool = False,
     with_collision: bool = False,
+    reference: ReferenceOutputs | None = None,
     budget_bytes: int = BUDGET_BYTES,
 ) -> TokenLogProbs:
     """Log-probabilities of the completions' tokens under the distribution that is sampled from.
@@ -109,7 +124,10 @@ def completion_log_probs(
         with_entropy: also return the entropies.
         entropy_gradient: let gradients flow through them.
         with_collision: also return the sums of squared probabilities.
+        reference: also return the exact KL to it.
         budget_bytes: of logits at once.
+    Raises:
+        ValueError: the exact KL is asked for, and what the family does behind its head isn't known.
     """
     options: dict[str, Any] = {
         "temperature": temperature,
@@ -120,17 +138,48 @@ def completion_log_probs(
     }
     module = getattr(model, "module", model)
     head = module.get_output_embeddings()
-    statistics = None
-    if can_tile(module, head, len(batch.tokens), budget_bytes):
+    if reference is not None:
+        require_plain(module, head)
+    statistics = kl = None
+    if reference is not None or can_tile(module, head, len(batch.tokens), budget_bytes):
         transform = expected_transform(module.config)
-        statistics = statistics_inside_head(
-            lambda: _forward(model, batch), head, batch, transform, budget_bytes=budget_bytes, **options
+        found = statistics_inside_head(
+            lambda: _forward(model, batch),
+            head,
+            batch,
+            transform,
+            budget_bytes=budget_bytes,
+            reference=reference,
+            **options,
         )
+        statistics, kl = found or (None, None)
     if statistics is None:
         statistics = statistics_of_logits(completion_logits(model, batch), batch.tokens, **options)
-    log_probs, entropy, collision = (None if part is None else _scatter(part, batch) for part in statistics)
+    parts = (None if part is None else _scatter(part, batch) for part in (*statistics, kl))
+    log_probs, entropy, collision, kl = parts
     assert log_probs is not None
-    return TokenLogProbs(log_probs, entropy, collision)
+    return TokenLogProbs(log_probs, entropy, collision, kl)
+
+
+def completion_hidden_states(model: Any, batch: ModelBatch) -> Tensor:
+    """[N, H] hidden states that a model's output head makes the completion tokens' logits of.
+
+    Raises:
+        ValueError: they don't tell the logits, since what the family does behind its head isn't known.
+    """
+    head = model.get_output_embeddings()
+    require_plain(model, head)
+    transform = expected_transform(model.config)
+    return hidden_states_inside_head(lambda: _forward(model, batch), head, batch, transform)
+
+
+def require_plain(model: Any, head: nn.Module) -> None:
+    """Raises ValueError where the exact KL can't be taken from hidden states and the output head."""
+    if not is_plain(head, model):
+        raise ValueError(
+            f"algorithm.kl.estimator = full makes logits from an output head that is a plain matrix, and "
+            f"{type(model).__name__} has {type(head).__name__} or changes single logits behind it. Set it to k3."
+        )
 
 
 def completion_logits(model: Any, batch: ModelBatch) -> Tensor:

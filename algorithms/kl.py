@@ -257,30 +257,6 @@ def kl_token_rewards(
     return -coefficient * (kl if mask is None else kl.masked_fill(~mask, 0.0))
 
 
-def kl_penalised_rewards(
-    rewards: Tensor, log_probs: Tensor, reference_log_probs: Tensor, sample: Tensor, coefficient: float
-) -> tuple[Tensor, Tensor]:
-    """Rewards less coefficient times the sample's KL, to be called before advantages are taken over groups.
-
-    The KL of a sample is the sum of k1 over its tokens, log pi(completion) - log pi_reference(completion): unbiased,
-    and the policy gradient of it is that of the KL (Ziegler et al., arXiv 1909.08593, eq. 2). :func:`kl_token_rewards`
-    is the same by token.
-
-    Args:
-        rewards: [samples] float.
-        log_probs: [tokens] float, nats, of the policy that sampled, the trained tokens of all samples end to end.
-        reference_log_probs: [tokens] float, nats.
-        sample: [tokens] int64, index into `rewards` of the sample each token belongs to.
-    Returns:
-        [samples] float, the rewards less the penalty; [samples] float, nats, the KL of each sample.
-    Raises:
-        NonFiniteError: a log-probability is NaN or infinite; names the tensor and the token.
-    """
-    by_token = kl_token_rewards(log_probs, reference_log_probs, 1.0).neg().to(rewards.dtype)
-    by_sample = torch.zeros_like(rewards).index_add_(0, sample, by_token)
-    return rewards - coefficient * by_sample, by_sample
-
-
 class KLController(Protocol):
     """Chooses the KL's weight from update to update. Immutable: :meth:`update` returns the next one."""
 

@@ -177,7 +177,8 @@ def test_the_gradient_of_the_full_kl_is_that_of_finite_differences() -> None:
     def divergence(*leaves: Tensor) -> Tensor:
         return full_kl(
             leaves[0], leaves[1], reference_hidden, reference_weight, bias=leaves[2], temperature=0.8,
-            transform=LogitTransform(0.9, 2.0), banned_token_ids=(4,), budget_bytes=64,
+            transform=LogitTransform(0.9, 2.0), reference_transform=LogitTransform(1.5), banned_token_ids=(4,),
+            budget_bytes=64,
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(divergence, (hidden, weight, bias))
@@ -188,13 +189,13 @@ def test_the_gradient_of_the_full_kl_is_that_of_finite_differences() -> None:
 def test_the_full_kl_is_the_sum_over_the_vocabulary(budget_bytes: int, dtype: torch.dtype, tolerance: float) -> None:
     hidden, weight, bias, _ = inputs(dtype)
     reference_hidden, reference_weight, reference_bias, _ = inputs(dtype, width=8, seed=1)
-    transform = LogitTransform(softcap=4.0)
+    transform, other = LogitTransform(softcap=4.0), LogitTransform(0.5)
     found = full_kl(
         hidden, weight, reference_hidden, reference_weight, bias=bias, reference_bias=reference_bias, temperature=0.7,
-        transform=transform, banned_token_ids=BANNED, budget_bytes=budget_bytes,
+        transform=transform, reference_transform=other, banned_token_ids=BANNED, budget_bytes=budget_bytes,
     )  # fmt: skip
     policy = exact_log_softmax(hidden, weight, bias, 0.7, transform, BANNED)
-    reference = exact_log_softmax(reference_hidden, reference_weight, reference_bias, 0.7, transform, BANNED)
+    reference = exact_log_softmax(reference_hidden, reference_weight, reference_bias, 0.7, other, BANNED)
     exact = (policy.exp() * (policy - reference)).sum(-1)
     torch.testing.assert_close(found.double(), exact, atol=tolerance, rtol=tolerance)
     weights = torch.linspace(-1, 1, len(hidden), dtype=torch.float64)
