@@ -1,4 +1,7 @@
-"""Writes docs/algorithms.md from the registries, so that the two can't disagree. With --check, only compares."""
+"""Writes docs/algorithms.md from the registries, so that the two can't disagree. With --check, only compares.
+
+Fails where a built-in method says nothing of its formula, its source or when to use it.
+"""
 
 from __future__ import annotations
 
@@ -174,6 +177,9 @@ def main() -> int:
     """Write the document, or compare it with the file; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether the file is current")
+    if bare := undocumented():
+        print(f"without a formula, a source or a word on when to use them: {', '.join(bare)}", file=sys.stderr)
+        return 1
     made = document()
     if not parser.parse_args().check:
         TARGET.parent.mkdir(exist_ok=True)

