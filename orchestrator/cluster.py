@@ -96,7 +96,7 @@ def _connect(config: ClusterConfig) -> None:
     if config.address is not None:
         ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
         return
-    roles = (config.policy, config.generator, config.reference, config.reward)
+    roles = (config.policy, config.critic, config.generator, config.reference, config.reward)
     ray.init(
         address="local",  # never the cluster that an environment variable or an earlier start points to
         num_cpus=max(1, math.ceil(MAX_LOCAL_ACTORS * sum(role.cpus for role in roles))),

@@ -160,6 +160,16 @@ def _algorithm_problems(config: Config) -> list[str]:
             "because it compares the samples of one prompt. Raise it to at least 2, or choose another estimator."
         )
     default = ADVANTAGE_ESTIMATORS.get("grpo_pass_at_k").options.model_fields["k"].default
+    if config.has_critic and config.critic.warmup_steps >= config.trainer.steps:
+        found.append(
+            f"critic.warmup_steps = {config.critic.warmup_steps} is not shorter than trainer.steps "
+            f"({config.trainer.steps}), so the policy would never learn. Lower it."
+        )
+    if known and not config.has_critic and config.critic != type(config.critic)():
+        found.append(
+            f"critic is set, but algorithm.advantage = {algorithm.advantage} needs no values. Choose gae, or leave the "
+            "critic section out."
+        )
     subset = algorithm.advantage_options.get("k", default)
     if algorithm.advantage == "grpo_pass_at_k" and isinstance(subset, int) and config.rollout.group_size <= subset:
         found.append(

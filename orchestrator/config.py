@@ -155,6 +155,14 @@ class Config(BaseModel):
     deadlines: DeadlineConfig = DeadlineConfig()
 
     @property
+    def has_critic(self) -> bool:
+        """Whether the advantage estimator needs values; the user's own methods must have been imported."""
+        from algorithms import choices  # torch, which a look at a recipe without a run needn't load
+        from algorithms.registry import ADVANTAGE_ESTIMATORS, Need
+
+        return self.algorithm.advantage in ADVANTAGE_ESTIMATORS and Need.VALUES in choices.needs(self.algorithm)
+
+    @property
     def best_metric(self) -> str | None:
         """The metric the best checkpoint is chosen by, or None where nothing is evaluated."""
         return self.checkpoint.metric if self.data.evaluation is not None else None

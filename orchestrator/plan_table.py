@@ -63,6 +63,13 @@ def _rollout_rows(config: Config) -> list[tuple[str, str]]:
             f"correction {algorithm.correction.method}",
         ),
         (
+            "critic",
+            f"learning rate {config.critic.learning_rate:g}, {_count(config.trainer.ranks, 'rank')}"
+            f"{_resources(config.cluster.critic)}"
+            if config.has_critic
+            else "none",
+        ),
+        (
             "reference",
             f"KL {kl.coefficient:g} ({kl.estimator} in the {kl.placement}), "
             f"{_count(config.reference.replicas, 'server')}{_resources(config.cluster.reference)}"

@@ -59,15 +59,18 @@ def preflight(config: Config | SFTConfig, *, resume: bool = False, starts_run: b
     """
     model = inspect_model_folder(config.model.path)
     found = [*_check_model("model.path", config.model, model)]
+    if isinstance(config, Config):
+        found += _check_algorithm(config)  # first: whether there is a critic may depend on the user's methods
     found += _check_data(config, model)
     found += _check_gpus(config)
     found += _check_tracking(config)
     found += _check_ray(config)
     if isinstance(config, Config):
+        if config.critic.path is not None:
+            found += _check_model("critic.path", config.model, inspect_model_folder(config.critic.path))
         if config.reference.path is not None and config.algorithm.kl.coefficient > 0:
             found += _check_model("reference.path", config.model, inspect_model_folder(config.reference.path))
         found += _check_rewards(config)
-        found += _check_algorithm(config)
         found += [Finding("warning", message) for message in warnings(config)]
     if starts_run:
         found += _check_run_folder(config, resume)
@@ -225,7 +228,8 @@ def _value_bytes(config: ModelConfig) -> int:
 
 def _check_disk(config: Config | SFTConfig, model: ModelFolder) -> Iterator[Finding]:
     weights = model.parameters * _value_bytes(config.model)
-    checkpoint = weights + model.parameters * 12  # float32 parameters and AdamW's two moments
+    trained = 2 if isinstance(config, Config) and config.has_critic else 1
+    checkpoint = trained * (weights + model.parameters * 12)  # float32 parameters and AdamW's two moments
     kept = config.checkpoint.keep + 2 if isinstance(config, Config) else 0  # the best, and the one being written
     needed = kept * checkpoint + weights
     free = shutil.disk_usage(_existing(config.run.folder)).free
@@ -242,8 +246,10 @@ def memory_estimate(config: Config | SFTConfig, parameters: int) -> int:
     weights = parameters * _value_bytes(config.model)
     mixed = 0 if config.model.precision == "float32" else weights
     replicated = config.trainer.ranks if config.trainer.zero_stage == 0 else 1
-    total = config.trainer.ranks * PROCESS_BYTES + replicated * (parameters * 16 + mixed)
+    trainer = config.trainer.ranks * PROCESS_BYTES + replicated * (parameters * 16 + mixed)
+    total = trainer
     if isinstance(config, Config):
+        total += trainer if config.has_critic else 0
         cache = int(config.generator.kv_cache_gib * GIB)
         total += config.generator.replicas * (PROCESS_BYTES + weights + cache)
         if config.algorithm.kl.coefficient > 0:
@@ -267,6 +273,8 @@ def _gpus_asked(config: Config | SFTConfig) -> float:
     asked = config.cluster.policy.gpus * config.trainer.ranks
     if isinstance(config, Config):
         asked += config.cluster.generator.gpus * config.generator.replicas + config.cluster.reward.gpus
+        if config.has_critic:
+            asked += config.cluster.critic.gpus * config.trainer.ranks
         if config.algorithm.kl.coefficient > 0:
             asked += config.cluster.reference.gpus * config.reference.replicas
     return asked

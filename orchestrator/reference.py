@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 MAX_RESTARTS = 3
 """Restarts of the reference before the run stops."""
+T = TypeVar("T")
 
 
 class Reference:
-    """Frozen log-probabilities from servers that may die. Lives in the driver's event loop, for one caller at a time.
+    """What a frozen model says, from servers that may die. Lives in the driver's event loop, for one caller at a time.
 
     A reference holds no state of the run, so a new one is as good as the old.
     """
@@ -41,19 +42,30 @@ class Reference:
         Raises:
             FailureError: a sample is at fault, or the servers can't be kept alive.
         """
-        while True:
-            assert self._pool is not None
-            try:
-                return await self._pool.log_probs(samples)
-            except FailureError as error:
-                if error.failure.kind is not FailureKind.INFRASTRUCTURE:
-                    raise
-                await self._revive(self._pool, error.failure)
+        return await self._asked(lambda pool: pool.log_probs(samples))
+
+    async def hidden_states(self, samples: list[TrainingSample]) -> list[NDArray[np.float16 | np.float32]]:
+        """What the reference's output head makes the completions' logits of, [tokens, width] each.
+
+        Raises:
+            FailureError: as :meth:`log_probs`.
+        """
+        return await self._asked(lambda pool: pool.hidden_states(samples))
 
     async def stop(self) -> None:
         """End the servers."""
         if self._pool is not None:
             await self._pool.stop()
+
+    async def _asked(self, question: Callable[[ReferencePool], Awaitable[T]]) -> T:
+        while True:
+            assert self._pool is not None
+            try:
+                return await question(self._pool)
+            except FailureError as error:
+                if error.failure.kind is not FailureKind.INFRASTRUCTURE:
+                    raise
+                await self._revive(self._pool, error.failure)
 
     async def _revive(self, dead: ReferencePool, failure: Failure) -> None:
         if self._restarts >= MAX_RESTARTS:

@@ -225,6 +225,7 @@ async def start_policy(config: Config, media_folder: Path) -> PolicyGroup:
         media_folder=media_folder.resolve(),
         seed=config.run.seed,
         total_updates=config.trainer.steps * config.trainer.updates_per_step,
+        reference=config.reference.path,
         weights=config.weights,
     )
     return await PolicyGroup.start(spec, share(config.cluster.policy))
@@ -232,10 +233,7 @@ async def start_policy(config: Config, media_folder: Path) -> PolicyGroup:
 
 async def start_critic(config: Config, media_folder: Path) -> CriticGroup | None:
     """The critic's ranks; None where the advantage estimator needs no values."""
-    from algorithms.choices import needs
-    from algorithms.registry import Need
-
-    if Need.VALUES not in needs(config.algorithm):
+    if not config.has_critic:
         return None
     from actors.critic import CriticGroup, CriticSpec
 

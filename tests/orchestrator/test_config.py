@@ -79,6 +79,8 @@ def test_the_plain_configuration_works_without_warnings() -> None:
         ([("algorithm.advantage", "gae"), ("algorithm.credit", "turn")], "gives each token a credit of its own"),
         ([("algorithm.gradient_combination", "mgda")], "has only one"),
         ([("algorithm.credit", "turn"), ("algorithm.loss", "gspo")], "Use gspo_token"),
+        ([("critic", {"learning_rate": 1e-4})], "needs no values"),
+        ([("algorithm.advantage", "gae"), ("critic", {"warmup_steps": 100})], "the policy would never learn"),
         ([("algorithm.credit", "turn"), ("algorithm.advantage", "remax")], "greedy rewards are of whole completions"),
         ([("algorithm.advantage", "grpo_pass_at_k"), ("rollout.group_size", 4)], "every subset is the group"),
         (
