@@ -157,7 +157,7 @@ def check_samples(samples: Sequence[TrainingSample], banned_token_ids: Collectio
     """
     if not samples:
         raise _bug("no_samples", "an update got no samples. The batch must hold at least one.")
-    for name in ("reference_log_probs", "proximal_log_probs"):
+    for name in ("reference_log_probs", "reference_hidden", "proximal_log_probs"):
         missing = sum(getattr(sample, name) is None for sample in samples)
         if missing not in (0, len(samples)):
             raise _bug("sample_shape", f"{missing} of {len(samples)} samples have no {name}: all must, or none.")
@@ -177,6 +177,26 @@ def check_samples(samples: Sequence[TrainingSample], banned_token_ids: Collectio
                 raise _bug("sample_shape", f"{where}: {len(values)} {name} for {tokens} tokens.")
             if not np.isfinite(values[sample.loss_mask]).all():
                 raise _bug("sample_not_finite", f"{where}: its {name} aren't all finite: {values[sample.loss_mask]}.")
+        hidden = sample.reference_hidden  # far too large to look through on every rank; the loss refuses NaN by name
+        if hidden is not None and (hidden.ndim != 2 or len(hidden) != tokens):
+            raise _bug("sample_shape", f"{where}: reference_hidden {list(hidden.shape)} for {tokens} tokens.")
+
+
+def check_hidden_states(samples: Sequence[TrainingSample], width: int) -> None:
+    """Refuse samples without the reference's hidden states, or with those of a model of another width.
+
+    Raises:
+        FailureError: of kind bug: `sample_shape`.
+    """
+    for index, sample in enumerate(samples):
+        hidden = sample.reference_hidden
+        if hidden is None or hidden.shape[1] != width:
+            found = "none" if hidden is None else hidden.shape[1]
+            raise _bug(
+                "sample_shape",
+                f"sample {index} (prompt {sample.prompt.prompt_id}) has reference_hidden of width {found}: the exact "
+                f"KL needs {width}, the reference head's.",
+            )
 
 
 def _features(

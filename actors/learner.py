@@ -339,6 +339,7 @@ def _filler_sample(filler: ExpandedPrompt, stop_token_ids: Sequence[int], like: 
         behaviour_log_probs=zero,
         policy_versions=np.zeros(1, np.int32),
         reference_log_probs=None if like.reference_log_probs is None else zero,
+        reference_hidden=None if like.reference_hidden is None else np.zeros_like(like.reference_hidden[:1]),
         proximal_log_probs=None if like.proximal_log_probs is None else zero,
     )
 

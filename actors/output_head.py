@@ -36,6 +36,11 @@ class OutputHead:
     bias: Tensor | None
     transform: LogitTransform
 
+    def to(self, device: torch.device | str) -> OutputHead:
+        """The same head on another device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return OutputHead(self.weight.to(device), bias, self.transform)
+
 
 @dataclass(frozen=True, eq=False)
 class ReferenceOutputs:

@@ -24,11 +24,13 @@ class PolicySpec(LearnerSpec):
     Attributes:
         algorithm: the loss.
         temperature: of sampling; log-probabilities are of the tempered distribution.
+        reference: the reference's folder, whose output head the exact KL needs; None takes the model's own.
         weights: how new versions are handed to the generators.
     """
 
     algorithm: AlgorithmConfig
     temperature: float
+    reference: Path | None = None
     weights: WeightsConfig = field(default_factory=WeightsConfig)
 
 

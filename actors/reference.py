@@ -1,12 +1,12 @@
-"""The frozen reference model: log-probabilities of what the policy sampled. The driver's side imports no torch."""
+"""The frozen reference model: what it says of what the policy sampled. The driver's side imports no torch."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -16,6 +16,11 @@ from actors.calls import Share, gather
 from actors.config import DeadlineConfig, ModelConfig, ReferenceConfig
 from rollout.balance import micro_batches, row_lengths, rows_of_prompts, split_over_ranks
 from rollout.samples import TrainingSample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from actors.batches import ModelBatch
 
 ROLE = "reference"
 
@@ -67,10 +72,52 @@ class ReferenceServer:
         Raises:
             FailureError: a sample can't be used (see :func:`actors.batches.expand_prompts`).
         """
+        from actors.model import completion_log_probs
+
+        def forward(batch: ModelBatch) -> Tensor:
+            outcome = completion_log_probs(
+                self._model,
+                batch,
+                temperature=self.spec.temperature,
+                banned_token_ids=self._encoder.banned_token_ids,
+            )
+            return outcome.log_probs.float()[batch.samples, batch.columns]
+
+        return self._by_sample(samples, forward)
+
+    def hidden_states(self, samples: list[TrainingSample]) -> list[NDArray[np.float16 | np.float32]]:
+        """What the output head makes the logits of the samples' completions of, [tokens, width] each.
+
+        float32 from a float32 model. From a bfloat16 one float16, which takes half the room and loses nothing of
+        numbers from 1e-5 to 65504; float32 for a micro-batch with greater ones.
+
+        Raises:
+            FailureError: as :meth:`log_probs`.
+            NonFiniteError: a hidden state is NaN or infinite.
+            ValueError: what the model's family does behind its head isn't known.
+        """
+        import torch
+
+        from actors.model import completion_hidden_states
+        from algorithms.finite import require_finite
+
+        def forward(batch: ModelBatch) -> Tensor:
+            hidden = completion_hidden_states(self._model, batch)
+            require_finite("the reference's hidden states", hidden, index_name="(token, channel)")
+            is_small = hidden.dtype != torch.float32 and bool((hidden.abs() <= torch.finfo(torch.float16).max).all())
+            return hidden.to(torch.float16 if is_small else torch.float32)
+
+        return self._by_sample(samples, forward)
+
+    def _by_sample(self, samples: list[TrainingSample], forward: Callable[[ModelBatch], Tensor]) -> list[NDArray[Any]]:
+        """What a pass gives each completion token, sample by sample.
+
+        Args:
+            forward: returns [N, ...] for the N completion tokens of a micro-batch.
+        """
         import torch
 
         from actors.batches import expand_prompts, model_batch
-        from actors.model import completion_log_probs
         from actors.shared_prompts import LINEAR_COST, can_share_prompts, model_width
 
         prompts = expand_prompts(samples, self._encoder)
@@ -87,7 +134,7 @@ class ReferenceServer:
                 token_cost=LINEAR_COST * model_width(self._model),
             )
         lengths = row_lengths(rows, prompt_lengths, completion_lengths)
-        result: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(samples)
+        result: list[NDArray[Any]] = [np.empty(0, np.float32)] * len(samples)
         for group in micro_batches(lengths, range(len(rows)), bound):
             members = [index for row in group for index in rows[row]]
             batch = model_batch(
@@ -98,15 +145,10 @@ class ReferenceServer:
                 token_features=self._token_features,
             )
             with torch.no_grad():
-                outcome = completion_log_probs(
-                    self._model,
-                    batch.to(self._device),
-                    temperature=self.spec.temperature,
-                    banned_token_ids=self._encoder.banned_token_ids,
-                )
-            values = outcome.log_probs.float().cpu().numpy()
-            for place, index in enumerate(members):
-                result[index] = values[place, : len(samples[index].token_ids)].copy()
+                values = forward(batch.to(self._device)).cpu().numpy()
+            ends = np.cumsum([completion_lengths[index] for index in members])
+            for index, part in zip(members, np.split(values, ends[:-1]), strict=True):
+                result[index] = part.copy()
         return result
 
 
@@ -142,15 +184,22 @@ class ReferencePool:
 
     async def log_probs(self, samples: list[TrainingSample]) -> list[NDArray[np.float32]]:
         """The reference's log-probabilities of the samples' completions, [tokens] float32 each, nats."""
+        return await self._by_sample("log_probs", "compute log-probabilities", samples)
+
+    async def hidden_states(self, samples: list[TrainingSample]) -> list[NDArray[np.float16 | np.float32]]:
+        """What the reference's head makes the completions' logits of (see :meth:`ReferenceServer.hidden_states`)."""
+        return await self._by_sample("hidden_states", "compute hidden states", samples)
+
+    async def _by_sample(self, method: str, what: str, samples: list[TrainingSample]) -> list[NDArray[Any]]:
         shares = split_over_ranks([sample.total_tokens for sample in samples], len(self.actors))
         indices = {f"replica {number}": share for number, share in enumerate(shares) if share}
         calls = {
-            name: actor.log_probs.remote([samples[index] for index in indices[name]])
+            name: getattr(actor, method).remote([samples[index] for index in indices[name]])
             for name, actor in ((f"replica {number}", actor) for number, actor in enumerate(self.actors))
             if name in indices
         }
-        answers = await gather(calls, ROLE, "compute log-probabilities", self.spec.deadlines.update_s)
-        result: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(samples)
+        answers = await gather(calls, ROLE, what, self.spec.deadlines.update_s)
+        result: list[NDArray[Any]] = [np.empty(0, np.float32)] * len(samples)
         for name, share in indices.items():
             for index, values in zip(share, answers[name], strict=True):
                 result[index] = values

@@ -15,17 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
-from actors.batches import ModelBatch, check_samples, token_matrix
+from actors.batches import ModelBatch, check_hidden_states, check_samples, token_matrix
 from actors.engine import Place
 from actors.learner import Learner, MicroBatch, Part, Plan, UnusableOutputError, merged_reports
-from actors.model import completion_log_probs, freeze, load_model
+from actors.model import TokenLogProbs, completion_log_probs, freeze, load_model, require_plain
 from actors.objectives import GradientCombiner
+from actors.output_head import OutputHead, ReferenceOutputs
+from actors.reference_head import load_output_head
 from algorithms import choices  # noqa: F401  registers the built-in methods
 from algorithms.config import AlgorithmConfig
 from algorithms.finite import NonFiniteError
 from algorithms.inputs import BatchTokens
+from algorithms.kl import full, needs_distributions
 from algorithms.objective import Denominators, ObjectiveMetrics, TokenBatch, objective
-from algorithms.registry import POLICY_LOSSES
+from algorithms.registry import KL_ESTIMATORS, POLICY_LOSSES
 from rollout.balance import split_evenly
 from rollout.samples import TrainingSample
 from rollout.user_code import import_modules
@@ -46,11 +49,35 @@ class PolicyTrainer(Learner):
         super().__init__(spec, place, store)
         has_objectives = spec.algorithm.gradient_combination is not None
         self.combiner = GradientCombiner(spec.algorithm) if has_objectives else None
+        self._reference_head = self._load_reference_head() if needs_distributions(spec.algorithm.kl) else None
 
     def _load_module(self) -> Any:
         module = load_model(self.spec.model)
         freeze(module, self.spec.model.freeze)
         return module
+
+    def _load_reference_head(self) -> OutputHead:
+        """What the exact KL takes the reference's distributions from; whole on every rank.
+
+        Raises:
+            ValueError: the models or the estimator aren't such that it can be taken.
+        """
+        kl, own = self.spec.algorithm.kl, self.module.get_output_embeddings()
+        if KL_ESTIMATORS.get(kl.estimator).function is not full:
+            raise ValueError(
+                f"algorithm.kl.estimator = {kl.estimator} needs whole distributions, of which the trainer makes the "
+                "exact KL alone. Set it to full, or to an estimator of single tokens."
+            )
+        require_plain(self.module, own)
+        path = self.spec.reference or self.spec.model.path
+        head = load_output_head(self.spec.model, path).to(self.place.device)
+        if len(head.weight) != own.out_features:
+            raise ValueError(
+                f"algorithm.kl.estimator = {kl.estimator} compares whole distributions, but {path} has "
+                f"{len(head.weight)} logits and {self.spec.model.path} has {own.out_features}. Set it to k3, or "
+                "reference.path to a model of the same vocabulary."
+            )
+        return head
 
     def update(self, samples: list[TrainingSample], kl_coefficient: float) -> dict[str, float]:
         """One training step: `updates_per_step` optimiser steps over consecutive parts of the samples.
@@ -67,6 +94,8 @@ class PolicyTrainer(Learner):
         """
         started = time.perf_counter()
         check_samples(samples, self.encoder.banned_token_ids)
+        if self._reference_head is not None and kl_coefficient > 0:
+            check_hidden_states(samples, self._reference_head.weight.shape[1])
         parts = [samples[part.start : part.stop] for part in split_evenly(len(samples), self._updates_per_step)]
         plans = self._agreed(lambda: [self._plan(part) for part in parts])
         if len(plans) > 1 and samples[0].proximal_log_probs is None:
@@ -201,11 +230,17 @@ class PolicyTrainer(Learner):
         denominators: Denominators,
         kl_coefficient: float,
     ) -> Part:
+        head = self._reference_head if kl_coefficient > 0 else None
         outcome = self._completion_log_probs(
-            micro_batch, with_entropy=True, entropy_gradient=algorithm.entropy_coefficient > 0
+            micro_batch,
+            with_entropy=True,
+            entropy_gradient=algorithm.entropy_coefficient > 0,
+            reference=None if head is None else _reference_outputs(micro_batch, head),
         )
         try:
-            return objective(outcome.log_probs, outcome.entropy, tokens, algorithm, denominators, kl_coefficient)
+            return objective(
+                outcome.log_probs, outcome.entropy, tokens, algorithm, denominators, kl_coefficient, outcome.kl
+            )
         except NonFiniteError as error:
             raise UnusableOutputError(outcome.log_probs, error) from error
 
@@ -233,7 +268,7 @@ class PolicyTrainer(Learner):
         marks = entry.prepare(tokens, entry.read_options(algorithm.loss_options, "algorithm.loss_options"))
         return [part.numpy() for part in marks.to(torch.float32).split(lengths)]
 
-    def _completion_log_probs(self, micro_batch: MicroBatch, **wanted: bool) -> Any:
+    def _completion_log_probs(self, micro_batch: MicroBatch, **wanted: Any) -> TokenLogProbs:
         return completion_log_probs(
             self.engine.engine,
             micro_batch.batch,
@@ -275,6 +310,12 @@ def _token_batch(
         None if samples[0].reference_log_probs is None else matrix("reference_log_probs"),
         marks=None if own is None else token_matrix(own, batch.shape, torch.float32).to(device),
     )
+
+
+def _reference_outputs(micro_batch: MicroBatch, head: OutputHead) -> ReferenceOutputs:
+    rows = [sample.reference_hidden for sample in micro_batch.samples if sample.reference_hidden is not None]
+    hidden = torch.from_numpy(np.concatenate(rows))
+    return ReferenceOutputs(head, hidden.to(micro_batch.batch.tokens.device))
 
 
 def _objective_advantages(samples: Sequence[TrainingSample], objective: int, batch: ModelBatch) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from actors.critic import CriticGroup
 from actors.policy import PolicyGroup
-from algorithms.kl import AdaptiveKL, FixedKL
+from algorithms.kl import AdaptiveKL, FixedKL, needs_distributions
 from algorithms.registry import Need
 from orchestrator.checkpoints import BestMetric, Checkpoints, RunState
 from orchestrator.config import Config
@@ -33,7 +33,7 @@ from orchestrator.learning import (
 )
 from orchestrator.mismatch import alarm, compare
 from orchestrator.record import sample_rows
-from orchestrator.reference import Reference
+from orchestrator.reference import Reference, with_hidden_states
 from orchestrator.rollouts import Batch, Rollouts, dropped_metrics
 from orchestrator.scorer import Scorer
 from orchestrator.stopwatch import Stopwatch
@@ -132,7 +132,9 @@ class Training:
     async def appraise(self, batch: Batch) -> Appraisal:
         """The batch as training samples with advantages, from the passes that the recipe's methods need."""
         samples = as_samples(batch.groups)
-        if self.reference is not None:
+        if self.reference is not None and needs_distributions(self.config.algorithm.kl):
+            samples = with_hidden_states(samples, await self.reference.hidden_states(samples))
+        elif self.reference is not None:
             samples = with_reference(samples, await self.reference.log_probs(samples))
         collision = None
         if Need.COLLISION in self.appraiser.needs:

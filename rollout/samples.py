@@ -117,6 +117,8 @@ class TrainingSample:
         behaviour_log_probs: [tokens] float32, of the distribution sampled from.
         policy_versions: [tokens] int32.
         reference_log_probs: [tokens] float32, or None where no reference model takes part.
+        reference_hidden: [tokens, width] float16 or float32, what the reference's output head makes the logits of each
+            token of, where the exact KL is taken from it; None where it isn't.
         proximal_log_probs: [tokens] float32, the trainer's own at the start of the update, or None to take the
             first forward pass for them (right for one optimiser step a batch).
         objective_advantages: [objectives, tokens] float32, advantages by reward component, where their gradients are
@@ -134,6 +136,7 @@ class TrainingSample:
     behaviour_log_probs: NDArray[np.float32]
     policy_versions: NDArray[np.int32]
     reference_log_probs: NDArray[np.float32] | None = None
+    reference_hidden: NDArray[np.float16 | np.float32] | None = None
     proximal_log_probs: NDArray[np.float32] | None = None
     objective_advantages: NDArray[np.float32] | None = None
     objective_rewards: NDArray[np.float32] | None = None
