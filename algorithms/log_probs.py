@@ -77,7 +77,7 @@ def statistics_of_logits(
     if banned_token_ids:
         banned = torch.tensor(banned_token_ids, device=logits.device)
         # The least number times a gradient above 1 would be infinite, and that times a probability of 0 NaN.
-        finite_logits = logits.index_fill(-1, banned, 0.0) if with_entropy else logits
+        finite_logits = logits.index_fill(-1, banned, 0.0) if with_entropy and entropy_gradient else logits
         logits = logits.index_fill(-1, banned, torch.finfo(logits.dtype).min)
     log_normaliser = logits.logsumexp(-1)
     log_probs = logits.gather(-1, tokens[:, None])[:, 0] - log_normaliser

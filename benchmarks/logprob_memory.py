@@ -34,6 +34,8 @@ TIME_TARGET = 1.3
 PLAIN_COPIES = 5
 """Float32 tensors of [tokens, vocabulary] that the plain computation is reckoned to hold at its peak."""
 MIB = 1 << 20
+MIN_COLUMNS = 110
+"""Of the table, also where the output is no terminal."""
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -190,7 +192,7 @@ def main() -> None:
         print(json.dumps(measure(options)))
         return
     results = [compare(options, dtype) for dtype in options.dtype or ("float32", "bfloat16")]
-    show(options, results, Console())
+    show(options, results, Console(width=max(Console().width, MIN_COLUMNS)))
     if options.out:
         options.out.write_text(json.dumps({"options": vars(options) | {"out": None}, "results": results}, indent=2))
 
