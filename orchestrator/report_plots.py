@@ -147,6 +147,9 @@ def _charts(metrics: Rows, evaluations: Rows) -> list[_Drawing]:
         _lines("staleness", "Staleness", "Policy versions a sample lags behind.", metrics, ["rollout/staleness"]),
         _lines("throughput", "Throughput", "Tokens generated a second.", metrics, ["rollout/tokens_per_s"]),
     ]
+    if any("critic/loss" in row for row in metrics):
+        note = "Share of the returns' variance that its values foretold."
+        lines.insert(2, _lines("critic", "Critic", note, metrics, ["critic/explained_variance"]))
     return [_evaluation_chart(evaluations), *lines, _time_chart(metrics)]
 
 

@@ -217,6 +217,16 @@ def test_plots_are_png_files_one_a_chart_and_an_overview(run: Path) -> None:
     assert all(Image.open(path).size[0] > 600 for path in (run / "plots").glob("*.png"))
 
 
+def test_a_run_with_a_critic_shows_how_much_it_foretells(run: Path, tmp_path: Path) -> None:
+    assert not (run / "plots" / "critic.png").exists()
+    with Record(tmp_path) as record:
+        for step in (1, 2):
+            record.metrics(step, {"critic/loss": 0.5 / step, "critic/explained_variance": 0.1 * step})
+    write_report(tmp_path)
+    assert (tmp_path / "plots" / "critic.png").exists()
+    assert "Critic" in (tmp_path / "report.html").read_text()
+
+
 def test_text_of_the_policy_is_shown_as_text_not_as_markup(tmp_path: Path) -> None:
     with Record(tmp_path) as record:
         record.samples(1, [SampleRow("<b>bold</b>", (), None, "<script>alert(1)</script>", 0.0)])
