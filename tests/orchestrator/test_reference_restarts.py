@@ -24,6 +24,9 @@ class Pool:
             raise self.failures.pop(0)
         return [np.zeros(1, np.float32)]
 
+    async def hidden_states(self, samples: list[Any]) -> list[np.ndarray]:
+        return [states[:, None] for states in await self.log_probs(samples)]
+
     async def stop(self) -> None:
         self.stops += 1
 
@@ -46,6 +49,12 @@ async def test_a_reference_that_died_is_started_again_and_the_batch_passed_anew(
     reference, events, launches = await started(pool)
     assert len(await reference.log_probs([])) == 1
     assert (len(launches), pool.stops) == (2, 1)
+    assert len(events.of("reference_restarted")) == 1
+
+
+async def test_hidden_states_are_asked_for_anew_as_well() -> None:
+    reference, events, _ = await started(Pool([infrastructure("reference_died")]))
+    assert [states.shape for states in await reference.hidden_states([])] == [(1, 1)]
     assert len(events.of("reference_restarted")) == 1
 
 
