@@ -271,7 +271,7 @@ def gated(inputs: CombinationInputs, options: GatedOptions) -> Tensor:
     REWARD_COMBINATIONS,
     "constrained",
     options=ConstrainedOptions,
-    formula="r = (Σ w c + Σ λ (c − threshold)) / (1 + Σ λ)",
+    formula="r = (Σ w c of the unconstrained + Σ ±λ (c − threshold)) / (1 + Σ λ), − for at_most",
     source="Lagrangian relaxation as in Safe RLHF, arXiv 2310.12773",
     use_when="Some components must only reach a level (safety, length), and the others should be as high as possible.",
 )

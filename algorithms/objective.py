@@ -189,6 +189,8 @@ def _kl_term(
     elif not is_exact and batch.reference_log_probs is not None:
         reference = _inside("reference_log_probs", batch.reference_log_probs, batch.mask, current)
         kl = kl_estimate(current, reference, config.kl.estimator)
+        # An estimator of the user's own may not be 0 where both are, as they are on padding.
+        kl = _inside(f"the KL {config.kl.estimator!r}", kl, batch.mask)
     else:
         return None, current.new_zeros(())
     return kl, coefficient * (kl * weights).sum() if in_loss else current.new_zeros(())

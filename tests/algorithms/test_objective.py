@@ -16,8 +16,9 @@ from algorithms.aggregation import count
 from algorithms.config import AlgorithmConfig
 from algorithms.finite import NonFiniteError
 from algorithms.inputs import BatchTokens, LossInputs, TokenLoss
+from algorithms.kl import kl_estimator
 from algorithms.objective import Denominators, ObjectiveMetrics, TokenBatch, finish_metrics, objective
-from algorithms.registry import POLICY_LOSSES, Options, RegistryError, policy_loss
+from algorithms.registry import KL_ESTIMATORS, POLICY_LOSSES, Options, RegistryError, policy_loss
 
 LOSSES = ("clip", "reinforce", "nll")
 AGGREGATIONS: dict[str, dict[str, Any]] = {
@@ -416,6 +417,24 @@ def test_a_kl_placed_in_the_reward_stays_out_of_the_loss_but_is_reported() -> No
     assert torch.equal(loss, without)
     assert float(metrics.sums["kl_loss"]) == 0.0
     assert float(metrics.sums["kl_reference"]) != 0.0
+
+
+def test_a_users_kl_that_is_not_zero_for_equal_models_counts_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KL_ESTIMATORS, "_entries", dict(KL_ESTIMATORS._entries))
+
+    @kl_estimator("one_more")
+    def one_more(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
+        return (log_probs - reference_log_probs).square() / 2 + 1
+
+    # Three trained tokens of six, (1 + 1 + 3) / 3 nats by the estimator; the padding would add three more.
+    log_probs = torch.tensor([[-1.0, -1.0, 0.0], [-3.0, 0.0, 0.0]])
+    reference = torch.tensor([[-1.0, -1.0, 0.0], [-1.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    batch = TokenBatch(mask, torch.zeros(2, 3), behaviour_log_probs=log_probs, reference_log_probs=reference)
+    config = AlgorithmConfig.model_validate({"kl": {"coefficient": 0.3, "estimator": "one_more"}})
+    _, metrics = objective(log_probs, None, batch, config, Denominators(3, 2), kl_coefficient=0.3)
+    assert float(metrics.sums["kl_reference"]) == pytest.approx(5 / 3)
+    assert float(metrics.sums["kl_loss"]) == pytest.approx(0.3 * 5 / 3)
 
 
 def test_a_kl_in_the_loss_without_a_reference_is_refused() -> None:
