@@ -141,8 +141,7 @@ def test_a_critic_learns_beside_constrained_rewards_and_both_go_on_as_they_were(
     for metrics in straight.values():
         assert metrics[f"reward/multiplier/{SHORT}"] == pytest.approx(multiplier)
         mean = component(metrics, SHORT)
-        plain = component(metrics, VOWELS) + SHORT_WEIGHT * mean
-        combined = (plain + multiplier * (mean - threshold)) / (1 + multiplier)
+        combined = (component(metrics, VOWELS) + multiplier * (mean - threshold)) / (1 + multiplier)
         assert metrics["reward/combined_mean"] == pytest.approx(combined)
         multiplier = min(max(multiplier + step_size * (threshold - mean), 0.0), 10.0)
     assert multiplier != 1.0
@@ -224,16 +223,20 @@ def test_decoupled_components_have_no_loss_on_policy_by_the_sequence(
     train: Callable[..., tuple[Steps, Command]],
 ) -> None:
     """GDPO's advantages add up to 0 over the batch's sequences and GSPO's ratios are 1, so the loss is 0, not so its
-    gradient."""
+    gradient. The KL, beside it, is exact, over whole distributions."""
     told, _ = train(
         {
             "advantage": "gdpo",
             "loss": "gspo",
             "aggregation": "sequence_mean",
             "correction": {"method": "sequence_truncated"},
+            "kl": {"coefficient": 0.05, "estimator": "full"},
         }
     )
+    assert told[1]["train/kl_reference"] == pytest.approx(0.0, abs=1e-5)
+    assert told[3]["train/kl_reference"] > 1e-4
     for metrics in told.values():
+        assert metrics["train/kl_loss"] == pytest.approx(0.05 * metrics["train/kl_reference"], rel=0.5, abs=1e-6)
         assert metrics["train/policy_loss"] == pytest.approx(0.0, abs=1e-4)
         assert metrics["train/grad_norm"] > 1e-3
         assert metrics["train/advantage_abs"] > 0.1
