@@ -60,7 +60,7 @@ async def test_replicas_share_the_work_agree_with_plain_pytorch_and_say_when_one
             expected = plain.log_probs(sample).numpy()
             assert values == pytest.approx(expected, abs=1e-5)
             assert states.dtype == np.float32
-            logits = plain.model.get_output_embeddings()(torch.from_numpy(states)).index_fill(-1, banned, -1e30)
+            logits = plain.model.get_output_embeddings()(torch.tensor(states)).index_fill(-1, banned, -1e30)
             tokens = torch.from_numpy(sample.token_ids.astype("int64"))
             of_states = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].numpy()
             assert of_states == pytest.approx(expected, abs=1e-5)
