@@ -22,7 +22,7 @@ from algorithms.values import lambda_returns
 from orchestrator.config import Config
 from reward.scoring import component_labels
 from reward.verifiers import extract
-from rollout.samples import FinishReason, Score, ScoredGroup, TrainingSample
+from rollout.samples import Completion, FinishReason, Score, ScoredGroup, TrainingSample
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,13 @@ def as_samples(groups: Sequence[ScoredGroup]) -> list[TrainingSample]:
 def with_reference(samples: Sequence[TrainingSample], log_probs: Sequence[NDArray[np.float32]]) -> list[TrainingSample]:
     """The samples with the reference model's log-probabilities, one [tokens] array each."""
     return [replace(s, reference_log_probs=r) for s, r in zip(samples, log_probs, strict=True)]
+
+
+def with_hidden_states(
+    samples: Sequence[TrainingSample], hidden: Sequence[NDArray[np.float16 | np.float32]]
+) -> list[TrainingSample]:
+    """The samples with the reference model's hidden states, one [tokens, width] array each."""
+    return [replace(s, reference_hidden=h) for s, h in zip(samples, hidden, strict=True)]
 
 
 def with_proximal(samples: Sequence[TrainingSample], log_probs: Sequence[NDArray[np.float32]]) -> list[TrainingSample]:
@@ -179,7 +186,7 @@ class Appraiser:
             returns = lambda_returns(inputs, discount, self._critic_trace_decay).to(torch.float32).split(lengths)
             made = [replace(s, returns=r.numpy()) for s, r in zip(made, returns, strict=True)]
         if not self._algorithm.train_on_truncated:
-            masks = overlong_filter(inputs.mask, inputs.sample, _truncated(groups)).split(lengths)
+            masks = overlong_filter(inputs.mask, inputs.sample, _truncated(_completions(groups))).split(lengths)
             made = [replace(s, loss_mask=m.numpy()) for s, m in zip(made, masks, strict=True)]
         if self._algorithm.gradient_combination is not None:
             made = self._with_objectives(made, inputs, table)
@@ -210,7 +217,7 @@ class Appraiser:
             answers=_answers(groups, self._algorithm.answer_pattern),
             token_rewards=self._kl_rewards(samples, mask, kl_coefficient),
         )
-        rewards = self._shaped(self._combined(table, group), inputs, samples, groups)
+        rewards = self._shaped(self._combined(table, group), _completions(groups))
         return replace(inputs, rewards=rewards, greedy_rewards=self._greedy_rewards(groups, group))
 
     def _table(self, table: Components, group: Tensor) -> CombinationInputs:
@@ -220,21 +227,16 @@ class Appraiser:
         algorithm = self._algorithm
         return combine_rewards(algorithm.combination, self._table(table, group), algorithm.combination_options)
 
-    def _shaped(
-        self,
-        rewards: Tensor,
-        inputs: AdvantageInputs,
-        samples: Sequence[TrainingSample],
-        groups: Sequence[ScoredGroup],
-    ) -> Tensor:
+    def _shaped(self, rewards: Tensor, completions: Sequence[Completion]) -> Tensor:
         if not self._algorithm.shaping:
             return rewards
+        lengths = torch.tensor([len(c) for c in completions])
         shaping = ShapingInputs(
             rewards=rewards,
-            lengths=inputs.lengths,
-            is_truncated=_truncated(groups),
-            token_ids=torch.from_numpy(np.concatenate([s.token_ids for s in samples])).long(),
-            sample=inputs.sample,
+            lengths=lengths,
+            is_truncated=_truncated(completions),
+            token_ids=torch.from_numpy(np.concatenate([c.token_ids for c in completions])).long(),
+            sample=torch.repeat_interleave(torch.arange(len(completions)), lengths),
             max_tokens=self._max_tokens,
         )
         for shape in self._algorithm.shaping:
@@ -242,13 +244,15 @@ class Appraiser:
         return shaping.rewards
 
     def _greedy_rewards(self, groups: Sequence[ScoredGroup], group: Tensor) -> Tensor | None:
-        """The greedy completion's reward of each sample's prompt, combined as the samples' are."""
+        """The greedy completion's reward of each sample's prompt, combined and shaped as the samples' are."""
         if Need.GREEDY_REWARDS not in self.needs:
             return None
-        scores = [g.greedy_score for g in groups if g.greedy_score is not None]
-        if len(scores) != len(groups):
-            raise ValueError(f"{len(groups) - len(scores)} of {len(groups)} groups have no greedy completion")
-        return self._combined(components_of(scores, self._weights), torch.arange(len(groups)))[group]
+        greedy = [g.greedy for g in groups if g.greedy is not None]
+        if len(greedy) != len(groups):
+            raise ValueError(f"{len(groups) - len(greedy)} of {len(groups)} groups have no greedy completion")
+        table = components_of([score for _, score in greedy], self._weights)
+        rewards = self._combined(table, torch.arange(len(groups)))
+        return self._shaped(rewards, [completion for completion, _ in greedy])[group]
 
     def _kl_rewards(self, samples: Sequence[TrainingSample], mask: Tensor, coefficient: float) -> Tensor | None:
         kl = self._algorithm.kl
@@ -292,9 +296,13 @@ class Appraiser:
         ]
 
 
-def _truncated(groups: Sequence[ScoredGroup]) -> Tensor:
+def _completions(groups: Sequence[ScoredGroup]) -> list[Completion]:
+    return [completion for group in groups for completion in group.generation.completions]
+
+
+def _truncated(completions: Sequence[Completion]) -> Tensor:
     """[samples] bool, completions that the token limit cut off."""
-    return torch.tensor([c.finish_reason is FinishReason.LENGTH for g in groups for c in g.generation.completions])
+    return torch.tensor([completion.finish_reason is FinishReason.LENGTH for completion in completions])
 
 
 def _packed(samples: Sequence[TrainingSample], name: str) -> Tensor:

@@ -27,13 +27,14 @@ from orchestrator.learning import (
     Appraiser,
     as_samples,
     batch_metrics,
+    with_hidden_states,
     with_proximal,
     with_reference,
     with_values,
 )
 from orchestrator.mismatch import alarm, compare
 from orchestrator.record import sample_rows
-from orchestrator.reference import Reference, with_hidden_states
+from orchestrator.reference import Reference
 from orchestrator.rollouts import Batch, Rollouts, dropped_metrics
 from orchestrator.scorer import Scorer
 from orchestrator.stopwatch import Stopwatch

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -18,13 +17,6 @@ if TYPE_CHECKING:
 MAX_RESTARTS = 3
 """Restarts of the reference before the run stops."""
 T = TypeVar("T")
-
-
-def with_hidden_states(
-    samples: Sequence[TrainingSample], hidden: Sequence[NDArray[np.float16 | np.float32]]
-) -> list[TrainingSample]:
-    """The samples with the reference model's hidden states, one [tokens, width] array each."""
-    return [replace(s, reference_hidden=h) for s, h in zip(samples, hidden, strict=True)]
 
 
 class Reference:

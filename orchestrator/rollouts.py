@@ -234,13 +234,16 @@ class Rollouts:
             if isinstance(scores, Failure):
                 self._drop(group_id, scores)
                 return
-            scores, greedy_score = (scores[:-1], scores[-1]) if baseline else (scores, None)
+            greedily = None
+            if baseline:
+                *scored, last = scores
+                scores, greedily = tuple(scored), (baseline[0], last)
             values = [score.value for score in scores]
             self._apply(FinishScoring(group_id, sum(values) / len(values), time.time()))
             if self._config.drop_equal_rewards and len(set(values)) == 1:
                 self._drop(group_id, None)
                 return
-            self._scored[group_id] = ScoredGroup(group_id, prompt, generation, scores, greedy_score)
+            self._scored[group_id] = ScoredGroup(group_id, prompt, generation, scores, greedily)
             self._failed.append(False)
             self._equal_in_a_row = 0
         except Exception as error:  # whatever it is, the loop must hear of it and not wait for the group for ever

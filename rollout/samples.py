@@ -88,14 +88,14 @@ class ScoredGroup:
 
     Attributes:
         scores: of the generation's completions, in order.
-        greedy_score: of the greedy completion of the prompt, where the advantage estimator asks for one.
+        greedy: the greedy completion of the prompt and its score, where the advantage estimator asks for one.
     """
 
     group_id: str
     prompt: Prompt
     generation: Generation
     scores: tuple[Score, ...]
-    greedy_score: Score | None = None
+    greedy: tuple[Completion, Score] | None = None
 
     def __post_init__(self) -> None:
         if len(self.scores) != len(self.generation.completions):

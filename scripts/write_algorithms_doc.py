@@ -81,7 +81,9 @@ SECTIONS: tuple[tuple[str, str, Registry[Any]], ...] = (
      "`algorithm.correction.veto` adds to any of them: a sequence with one token whose ratio is below it is left out.",
      CORRECTIONS),
     ("Gradient combinations", "Many objectives kept apart up to their gradients (`algorithm.gradient_combination`): "
-     "all are weights computed from the Gram matrix of the gradients, which is summed over ranks.",
+     "weights computed from the Gram matrix of the gradients, which is summed over ranks (`famo`: from the rewards). "
+     "The gradient of KL and entropy is added unweighed. Losses that rank the batch (`clip_cov`, `kl_cov`, `m2po`) rank "
+     "it once, by the advantages of the summed reward.",
      GRADIENT_COMBINATIONS),
     ("Preference losses", "From answers that were preferred, or labelled, offline or made of rollouts.",
      PREFERENCE_LOSSES),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -176,3 +177,14 @@ def test_completions_agree_by_their_final_answer_where_the_recipe_says_how_to_fi
     terms = {"terms": [{"transform": "majority", "n": 3}]}
     samples = appraise(as_samples(groups), groups, advantage_options=terms, **settings)
     assert samples[0].advantages[0] == samples[1].advantages[0] > samples[2].advantages[0]
+
+
+def test_the_greedy_baseline_is_combined_and_shaped_as_the_samples_are() -> None:
+    # The greedy completion has 4 of 4 tokens: reward 2 * 0.5 less a penalty of 1 is 0. The samples' are 1 and 0.
+    shaping = [{"name": "overlong", "options": {"cache_tokens": 2}}]
+    one = group("a", [1.0, 0.0], [completion("x"), completion("y")])
+    greedy = replace(one, greedy=(completion("z", tokens=4), Score(1.0, {"part": 0.5})))
+    samples = appraise(as_samples([greedy]), [greedy], advantage="remax", shaping=shaping)
+    assert [float(s.advantages[0]) for s in samples] == [1.0, 0.0]
+    with pytest.raises(ValueError, match="1 of 1 groups have no greedy completion"):
+        appraise(as_samples([one]), [one], advantage="remax")
