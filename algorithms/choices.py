@@ -7,29 +7,25 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import algorithms.advantages
-import algorithms.adversarial_images
-import algorithms.aggregation
-import algorithms.combination
-import algorithms.correction
-import algorithms.dynamic_preferences
-import algorithms.gradients
-import algorithms.image_negatives
-import algorithms.inference_aware
-import algorithms.kl
-import algorithms.losses
-import algorithms.losses_behaviour
-import algorithms.losses_covariance
-import algorithms.losses_sequence
-import algorithms.multimodal_preferences
-import algorithms.pass_at_k
-import algorithms.preferences
-import algorithms.returns
-import algorithms.reward_models
-import algorithms.shaping
-import algorithms.span_preferences
-import algorithms.unpaired_preferences  # noqa: F401  all of them registered by being imported
+from algorithms import (
+    advantages,
+    aggregation,
+    combination,
+    correction,
+    inference_aware,
+    kl,
+    losses,
+    losses_behaviour,
+    losses_covariance,
+    losses_sequence,
+    pass_at_k,
+    returns,
+    reward_models,
+    shaping,
+)
 from algorithms.config import AlgorithmConfig
+from algorithms.gradients import combinations
+from algorithms.preferences import adversarial_images, dynamic, image_negatives, multimodal, spans, text, unpaired
 from algorithms.registry import (
     ADVANTAGE_ESTIMATORS,
     AGGREGATIONS,
@@ -47,6 +43,14 @@ from algorithms.registry import (
     incompatibility,
 )
 
+BUILT_IN = (
+    *(advantages, inference_aware, pass_at_k, returns),
+    *(losses, losses_behaviour, losses_covariance, losses_sequence),
+    *(aggregation, correction, kl),
+    *(combination, combinations, shaping),
+    *(adversarial_images, dynamic, image_negatives, multimodal, spans, text, unpaired, reward_models),
+)
+"""The modules that register methods by being imported."""
 PLAIN_COMBINATION = "weighted_sum"
 
 
@@ -192,16 +196,16 @@ def _credit_problems(config: AlgorithmConfig, estimator: AdvantageEstimator, los
 
 
 def _kl_problems(config: AlgorithmConfig) -> list[str]:
-    kl = config.kl
-    if kl.coefficient == 0.0:
-        if kl.controller == "adaptive":
+    settings = config.kl
+    if settings.coefficient == 0.0:
+        if settings.controller == "adaptive":
             return [
                 "algorithm.kl.controller = adaptive multiplies algorithm.kl.coefficient, and 0 stays 0. Set a "
                 "coefficient above 0 to start from."
             ]
         return []
-    if kl.estimator not in KL_ESTIMATORS:
+    if settings.estimator not in KL_ESTIMATORS:
         return []
-    entry = KL_ESTIMATORS.get(kl.estimator)
-    reason = entry.wrong_in_loss if kl.placement == "loss" else entry.wrong_in_reward
-    return [f"algorithm.kl.estimator = {kl.estimator} {reason}"] if reason else []
+    entry = KL_ESTIMATORS.get(settings.estimator)
+    reason = entry.wrong_in_loss if settings.placement == "loss" else entry.wrong_in_reward
+    return [f"algorithm.kl.estimator = {settings.estimator} {reason}"] if reason else []

@@ -149,7 +149,7 @@ class KLEstimator(Method):
 
 @dataclass(frozen=True)
 class PreferenceLoss(Method):
-    """`(inputs: PreferenceInputs or UnpairedInputs, options) -> PreferenceOutcome`; see algorithms/preferences.py.
+    """`(inputs: PreferenceInputs or UnpairedInputs, options) -> PreferenceOutcome`; see algorithms/preferences.
 
     Attributes:
         is_paired: whether it compares a chosen with a rejected answer; otherwise each answer has a label of its own.

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from algorithms.finite import require_finite
-from algorithms.preference_inputs import (
+from algorithms.preferences.inputs import (
     AnswerLogProbs,
     PreferenceOutcome,
     check_column,
     check_weights,
     weighted_sum,
 )
-from algorithms.preference_pairs import PairOptions, pair_weights, pairs_from_groups
+from algorithms.preferences.pairs import PairOptions, pair_weights, pairs_from_groups
 from algorithms.registry import REWARD_MODEL_LOSSES, Options, method
 
 PAD_SCORE = -1e30

@@ -82,8 +82,8 @@ SECTIONS: tuple[tuple[str, str, Registry[Any]], ...] = (
      CORRECTIONS),
     ("Gradient combinations", "Many objectives kept apart up to their gradients (`algorithm.gradient_combination`): "
      "weights computed from the Gram matrix of the gradients, which is summed over ranks (`famo`: from the rewards). "
-     "The gradient of KL and entropy is added unweighed. Losses that rank the batch (`clip_cov`, `kl_cov`, `m2po`) rank "
-     "it once, by the advantages of the summed reward.",
+     "The gradient of KL and entropy is added unweighed. Losses that rank the batch (`clip_cov`, `kl_cov`, `m2po`) do "
+     "so once, by the advantages of the summed reward.",
      GRADIENT_COMBINATIONS),
     ("Preference losses", "From answers that were preferred, or labelled, offline or made of rollouts.",
      PREFERENCE_LOSSES),

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from algorithms.famo import LOSS_FLOOR, FAMOOptions, FAMOState, famo_update, famo_weights
 from algorithms.finite import NonFiniteError
-from algorithms.gradients import GradientInputs, gradient_weights
+from algorithms.gradients.combinations import GradientInputs, gradient_weights
+from algorithms.gradients.famo import LOSS_FLOOR, FAMOOptions, FAMOState, famo_update, famo_weights
 
 
 def by_the_paper(

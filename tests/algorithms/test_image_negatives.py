@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from algorithms import adversarial_images  # noqa: F401  registers pgd
 from algorithms.finite import NonFiniteError
-from algorithms.image_negatives import ImageInputs, NegativeImages, negative_images
+from algorithms.preferences import adversarial_images  # noqa: F401  registers pgd
+from algorithms.preferences.image_negatives import ImageInputs, NegativeImages, negative_images
 from algorithms.registry import IMAGE_NEGATIVES, RegistryError
 
 WITHOUT_MODEL = ("crop", "noise", "diffusion", "blur", "mask", "blank", "swap")

@@ -26,13 +26,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from algorithms import losses_sequence, unpaired_preferences  # noqa: F401  registered by being imported
+from algorithms import choices  # noqa: F401  registers the built-in methods
 from algorithms.aggregation import Denominators, count
 from algorithms.config import AlgorithmConfig, CorrectionConfig, KLConfig
 from algorithms.log_probs import statistics_of_logits
 from algorithms.objective import TokenBatch, objective
-from algorithms.preference_inputs import AnswerLogProbs, PreferenceInputs
-from algorithms.preferences import preference_outcome
+from algorithms.preferences.inputs import AnswerLogProbs, PreferenceInputs
+from algorithms.preferences.text import preference_outcome
 from algorithms.shaping import ShapingInputs, shape_rewards
 
 trainers = pytest.importorskip("trl.trainer.grpo_trainer", exc_type=ImportError)

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from algorithms import dynamic_preferences, multimodal_preferences, span_preferences  # noqa: F401  registers its losses
-from algorithms.dynamic_preferences import Hardness
 from algorithms.finite import NonFiniteError
-from algorithms.preference_inputs import AnswerLogProbs, AnswerTokens, PreferenceInputs, add_sums, means
-from algorithms.preferences import preference_outcome
+from algorithms.preferences import dynamic, multimodal, spans  # noqa: F401  registers its losses
+from algorithms.preferences.dynamic import Hardness
+from algorithms.preferences.inputs import AnswerLogProbs, AnswerTokens, PreferenceInputs, add_sums, means
+from algorithms.preferences.text import preference_outcome
+from algorithms.preferences.unpaired import RewardShift
 from algorithms.registry import PREFERENCE_LOSSES, RegistryError
-from algorithms.unpaired_preferences import RewardShift
 
 FAMILY = ("image_dpo", "mdpo", "adpo", "ha_dpo", "mia_dpo", "mpo", "mm_dpo", "dama", "ddpo", "chip")
 

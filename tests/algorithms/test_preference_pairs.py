@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from algorithms.finite import NonFiniteError
-from algorithms.preference_pairs import PairOptions, pair_weights, pairs_from_groups
+from algorithms.preferences.pairs import PairOptions, pair_weights, pairs_from_groups
 
 REWARDS = torch.tensor([0.5, 1.0, 0.0, 2.0, 1.0, 3.0, 1.0])
 GROUP = torch.tensor([7, 2, 7, 2, 7, 9, 2])

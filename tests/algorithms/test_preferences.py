@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from algorithms import unpaired_preferences  # noqa: F401  registers its losses
 from algorithms.finite import NonFiniteError
-from algorithms.preference_inputs import (
+from algorithms.preferences import unpaired  # noqa: F401  registers its losses
+from algorithms.preferences.inputs import (
     AnswerLogProbs,
     AnswerTokens,
     PreferenceInputs,
@@ -20,7 +20,7 @@ from algorithms.preference_inputs import (
     add_sums,
     means,
 )
-from algorithms.preferences import preference_outcome
+from algorithms.preferences.text import preference_outcome
 from algorithms.registry import PREFERENCE_LOSSES, RegistryError
 
 PAIRED = ["dpo", "cdpo", "robust_dpo", "ipo", "simpo", "orpo"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from algorithms import unpaired_preferences
-from algorithms.preference_inputs import AnswerLogProbs, PreferenceInputs, UnpairedInputs
-from algorithms.preferences import preference_outcome
+from algorithms.preferences import unpaired
+from algorithms.preferences.inputs import AnswerLogProbs, PreferenceInputs, UnpairedInputs
+from algorithms.preferences.text import preference_outcome
 
 PAIRS = 16
 
@@ -103,6 +103,6 @@ def test_ligers_bco_has_no_reward_shift_and_so_is_ours_only_before_the_first_ste
     peer = liger("dpo").LigerFusedLinearDPOFunction.preference_loss_fn
     theirs, *_ = peer(*sums(inputs), **references(inputs), beta=0.2, loss_type="bco_pair")
     torch.testing.assert_close(2 * ours("bco", inputs, beta=0.2), theirs)
-    state = unpaired_preferences.RewardShift(0.9).after(preference_outcome("bco", inputs, {"beta": 0.2}).sums)
+    state = unpaired.RewardShift(0.9).after(preference_outcome("bco", inputs, {"beta": 0.2}).sums)
     moved = PreferenceInputs(inputs.chosen, inputs.rejected, state=state)
     assert (2 * ours("bco", moved, beta=0.2) - theirs).abs() > 1e-3

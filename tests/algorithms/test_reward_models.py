@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from algorithms.finite import NonFiniteError
-from algorithms.preference_inputs import AnswerLogProbs, add_sums, means
+from algorithms.preferences.inputs import AnswerLogProbs, add_sums, means
 from algorithms.registry import REWARD_MODEL_LOSSES, Options, RegistryError
 from algorithms.reward_models import (
     PairScores,

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from algorithms.finite import NonFiniteError
-from algorithms.preference_inputs import AnswerLogProbs, UnpairedInputs, add_sums, means
-from algorithms.preferences import preference_outcome
-from algorithms.unpaired_preferences import (
+from algorithms.preferences.inputs import AnswerLogProbs, UnpairedInputs, add_sums, means
+from algorithms.preferences.text import preference_outcome
+from algorithms.preferences.unpaired import (
     BCOOptions,
     KTOOptions,
     RewardShift,

@@ -8,9 +8,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from algorithms.multimodal_preferences import image_margin
-from algorithms.preference_inputs import AnswerLogProbs, PreferenceInputs, PreferenceOutcome, preference_loss
-from algorithms.preferences import BetaOptions, log_ratio_margin, paired_outcome
+from algorithms.preferences.inputs import AnswerLogProbs, PreferenceInputs, PreferenceOutcome, preference_loss
+from algorithms.preferences.multimodal import image_margin
+from algorithms.preferences.text import BetaOptions, log_ratio_margin, paired_outcome
 
 
 class DDPOOptions(BetaOptions):

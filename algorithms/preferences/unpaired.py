@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from algorithms.finite import require_finite
-from algorithms.preference_inputs import (
+from algorithms.preferences.inputs import (
     BetaOptions,
     PreferenceOutcome,
     Sums,

@@ -1,7 +1,7 @@
 """Preference losses on images and text: pairs of images, anchors, and supervised terms beside DPO.
 
-Losses whose beta moves with the data are in dynamic_preferences.py, those that look at tokens and spans in
-span_preferences.py; the worse images are made in image_negatives.py.
+Losses whose beta moves with the data are in dynamic.py, those that look at tokens and spans in
+spans.py; the worse images are made in image_negatives.py.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from algorithms.preference_inputs import AnswerLogProbs, PreferenceInputs, PreferenceOutcome, preference_loss
-from algorithms.preferences import BetaOptions, log_ratio_margin, paired_outcome
-from algorithms.unpaired_preferences import RewardShift, shifted_classification
+from algorithms.preferences.inputs import AnswerLogProbs, PreferenceInputs, PreferenceOutcome, preference_loss
+from algorithms.preferences.text import BetaOptions, log_ratio_margin, paired_outcome
+from algorithms.preferences.unpaired import RewardShift, shifted_classification
 
 
 class ImageDPOOptions(BetaOptions):

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from algorithms.finite import require_finite
-from algorithms.image_negatives import ImageInputs, LogProbFunction
+from algorithms.preferences.image_negatives import ImageInputs, LogProbFunction
 from algorithms.registry import IMAGE_NEGATIVES, Options, method
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from algorithms.finite import require_finite
-from algorithms.preference_inputs import (
+from algorithms.preferences.inputs import (
     PreferenceInputs,
     PreferenceOutcome,
     preference_loss,
     weighted_sum,
 )
-from algorithms.preferences import BetaOptions, log_ratio_margin, paired_outcome
+from algorithms.preferences.text import BetaOptions, log_ratio_margin, paired_outcome
 
 
 class ScaledBetaOptions(BetaOptions):

@@ -1,6 +1,6 @@
 """What preference losses are made of, and what they give: typed tensors, shapes in brackets.
 
-The losses are in preferences.py (text) and multimodal_preferences.py; none cares where its answers come from, a data
+The losses are in text.py, unpaired.py and multimodal.py; none cares where its answers come from, a data
 set or the policy's own groups.
 """
 
@@ -208,7 +208,7 @@ class UnpairedInputs:
         answers: log-probabilities of each.
         is_desirable: [answers] bool.
         weights: [answers] float, at least 0, how much each answer counts; 0 for padding; None for 1 each.
-        kl_baseline: [] float, nats, of the whole batch; see :func:`algorithms.unpaired_preferences.kl_baseline`.
+        kl_baseline: [] float, nats, of the whole batch; see :func:`algorithms.preferences.unpaired.kl_baseline`.
         desirability: [answers] float, above 0 and below 1, the estimated chance that an answer to this prompt comes
             from the desirable ones; for losses that correct for it.
         state: what the loss remembers from earlier steps; None for losses without, and to start afresh.

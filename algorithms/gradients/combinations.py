@@ -20,10 +20,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from algorithms.famo import FAMOOptions, FAMOState, famo_update, famo_weights
 from algorithms.finite import require_finite
-from algorithms.gradient_shards import combine, gram_matrix, require_finite_gram
-from algorithms.gradient_solvers import bargaining_point, equal_projections, fairest_step, nearest_point
+from algorithms.gradients.famo import FAMOOptions, FAMOState, famo_update, famo_weights
+from algorithms.gradients.shards import combine, gram_matrix, require_finite_gram
+from algorithms.gradients.solvers import bargaining_point, equal_projections, fairest_step, nearest_point
 from algorithms.registry import GRADIENT_COMBINATIONS, Options, method
 
 __all__ = [
@@ -317,7 +317,7 @@ def imtl_g(inputs: GradientInputs, options: Options) -> Tensor:
     use_when="Losses have known lower bounds and one backward pass for all objectives must do.",
 )
 def famo(inputs: GradientInputs, options: FAMOOptions) -> Tensor:
-    """FAMO's weights before a step; see :func:`algorithms.famo.famo_weights`, and :func:`famo_update` for after it.
+    """FAMO's weights before a step, see :func:`famo_weights`; :func:`famo_update` is for after it.
 
     Args:
         inputs: `losses`, and `famo`, the state.

@@ -1,7 +1,7 @@
 """Preference losses on pairs of texts: from log-probabilities of preferred and other answers to a loss by pair.
 
-Losses on single answers with a label are in unpaired_preferences.py, the multimodal family is in
-multimodal_preferences.py; pairs from the policy's own groups are made in preference_pairs.py.
+Losses on single answers with a label are in unpaired.py, the multimodal family is in
+multimodal.py; pairs from the policy's own groups are made in pairs.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from algorithms.preference_inputs import (
+from algorithms.preferences.inputs import (
     BetaOptions,
     PreferenceInputs,
     PreferenceOutcome,
