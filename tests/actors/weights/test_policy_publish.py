@@ -34,15 +34,15 @@ async def test_a_version_has_the_same_bytes_whatever_the_ranks_and_the_zero_stag
 
     trainer = TrainerConfig(ranks=ranks, zero_stage=zero_stage)
     spec = PolicySpec(
-        model,
-        trainer,
-        AlgorithmConfig(),
-        DeadlineConfig(start_s=150.0),
-        1.0,
-        tmp_path,
-        0,
-        10,
-        WeightsConfig(bucket_mib=1),
+        model=model,
+        trainer=trainer,
+        algorithm=AlgorithmConfig(),
+        deadlines=DeadlineConfig(start_s=150.0),
+        temperature=1.0,
+        media_folder=tmp_path,
+        seed=0,
+        total_updates=10,
+        weights=WeightsConfig(bucket_mib=1),
     )
     group = await PolicyGroup.start(spec)
     receiver = WeightReceiver(folder=tmp_path)
