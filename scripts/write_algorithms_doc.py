@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from algorithms import choices  # noqa: F401  registers every built-in method
 from algorithms.registry import (
     ADVANTAGE_ESTIMATORS,
@@ -32,7 +34,7 @@ from algorithms.registry import (
     Registry,
     incompatibility,
 )
-from orchestrator.settings import settings
+from orchestrator.settings import default_text, settings
 
 TARGET = Path(__file__).parent.parent / "docs" / "algorithms.md"
 
@@ -125,10 +127,17 @@ def _row(method: Method) -> str:
 
 def _switches(method: Method) -> str:
     found = [
-        f"`{setting.key}` ({'required' if setting.is_required else setting.default}): {setting.description}"
+        f"`{setting.key}` ({'required' if setting.is_required else _default(setting.default)}): {setting.description}"
         for setting in settings(method.options)
     ]
     return "<br>".join(found) or "none"
+
+
+def _default(value: Any) -> str:
+    """A default as a recipe would write it; entries of a list by what they set."""
+    if isinstance(value, tuple) and value and all(isinstance(each, BaseModel) for each in value):
+        return f"[{', '.join(str(each.model_dump(exclude_defaults=True)) for each in value)}]"
+    return default_text(value) or "empty"
 
 
 def _traits(method: Method) -> Iterable[str]:
