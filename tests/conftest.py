@@ -22,9 +22,14 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from hypothesis import settings
 from PIL import Image
 
 from tests.tiny_model import build_tiny_vlm
+
+# A test is judged by what it finds; how long it takes says more of the machine.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 MARK = "COUNTERPOINT_TEST_MARK"
 COMMAND = Path(sys.prefix, "bin", "counterpoint")
