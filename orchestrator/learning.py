@@ -101,18 +101,27 @@ def components_of(scores: Sequence[Score], weights: dict[str, float]) -> Compone
 
     Args:
         weights: by the label of the component in the recipe.
+    Raises:
+        ValueError: a reward is of no component of the recipe; names it.
     """
     parts = [score.components for score in scores]
     names = tuple(sorted({name for part in parts for name in part}))
     table = np.array([[part.get(name, np.nan) for name in names] for part in parts], dtype=np.float64)
     is_present = ~np.isnan(table.reshape(len(parts), len(names)))
-    by_name = [next((w for label, w in weights.items() if f"{name}/".startswith(f"{label}/")), 1.0) for name in names]
     return Components(
         names,
         torch.from_numpy(np.where(is_present, table.reshape(is_present.shape), 0.0)),
         torch.from_numpy(is_present),
-        torch.tensor(by_name, dtype=torch.float64),
+        torch.tensor([_weight_of(name, weights) for name in names], dtype=torch.float64),
     )
+
+
+def _weight_of(name: str, weights: dict[str, float]) -> float:
+    """The weight of the component that a reward, or an entry of its dict ("function/key"), belongs to."""
+    for label in sorted(weights, key=len, reverse=True):
+        if name == label or name.startswith(f"{label}/"):
+            return weights[label]
+    raise ValueError(f"the reward {name!r} is of none of reward.components: {', '.join(weights)}")
 
 
 class Appraiser:

@@ -188,3 +188,11 @@ def test_the_greedy_baseline_is_combined_and_shaped_as_the_samples_are() -> None
     assert [float(s.advantages[0]) for s in samples] == [1.0, 0.0]
     with pytest.raises(ValueError, match="1 of 1 groups have no greedy completion"):
         appraise(as_samples([one]), [one], advantage="remax")
+
+
+def test_a_reward_of_no_component_of_the_recipe_gets_no_weight_made_up_for_it() -> None:
+    groups = [
+        scored("a", [{"part": 1.0, "stray": 1.0}, {"part": 0.0, "stray": 2.0}], [completion("x"), completion("y")])
+    ]
+    with pytest.raises(ValueError, match=r"the reward 'stray' is of none of reward\.components: part"):
+        appraise(as_samples(groups), groups)
