@@ -22,6 +22,31 @@ class FreezeConfig(BaseModel):
     language_model: bool = Field(False, description="Freeze the language model.")
 
 
+class LoraConfig(BaseModel):
+    """Low-rank adapters on the language model's linear layers. They alone are trained: all else is frozen."""
+
+    model_config = STRICT
+
+    rank: int = Field(16, ge=1, le=512, description="Rank of an adapter's two matrices.")
+    alpha: float = Field(
+        32.0, gt=0.0, description="What adapters add is multiplied by alpha / rank (see model.lora.use_rslora)."
+    )
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout of what an adapter reads, in training only.")
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="Linear layers of the language model that get an adapter, by how their names end.",
+    )
+    use_rslora: bool = Field(
+        False, description="Multiply by alpha / sqrt(rank) instead, so that high ranks learn as fast as low ones."
+    )
+    sync: Literal["adapter", "merged"] = Field(
+        "adapter",
+        description="What generators receive: the adapter alone, which is small and exact but slows generation (on "
+        "CPU to less than half), or the changed matrices with it added, rounded to model.precision.",
+    )
+
+
 class ModelConfig(BaseModel):
     """The model all roles start from."""
 
@@ -34,6 +59,7 @@ class ModelConfig(BaseModel):
     )
     max_length: int = Field(4096, ge=8, description="Tokens of prompt and completion together.")
     freeze: FreezeConfig = FreezeConfig()
+    lora: LoraConfig | None = Field(None, description="Train adapters instead of the policy's own weights.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model folder.")
 
 
@@ -80,6 +106,11 @@ class GeneratorConfig(BaseModel):
     threads: int = Field(1, ge=1, description="Torch threads of the engine on CPU.")
     prefix_caching: bool = Field(True, description="Share the KV cache of common prefixes, within one policy version.")
     max_images: int = Field(8, ge=1, description="Images a prompt may hold.")
+    sleep_level: Literal[0, 1, 2] = Field(
+        0,
+        description="While the trainer learns, give it the GPU's memory: cache, and weights kept on the host (1) or "
+        "thrown away (2). For generators that share the trainer's GPUs; 0 never sleeps.",
+    )
 
 
 class ReferenceConfig(BaseModel):
@@ -110,14 +141,44 @@ class CriticConfig(BaseModel):
 
 
 class WeightsConfig(BaseModel):
-    """How a new policy version reaches the generators."""
+    """How a new policy version reaches the generators, and how it is proven that it did."""
 
     model_config = STRICT
 
-    backend: Literal["zmq"] = Field("zmq", description="Transport; generators pull.")
-    bucket_mib: int = Field(64, ge=1, description="Size of a bucket.")
+    backend: Literal["zmq", "nccl", "ipc"] = Field(
+        "zmq",
+        description="Transport: zmq (generators pull; everywhere), nccl (broadcast between GPUs) or ipc (trainer and "
+        "generator share a GPU). Generators that come late catch up through zmq in any case.",
+    )
+    bucket_mib: int = Field(8, ge=1, description="Size of a bucket, the unit of transfer and of digests.")
     listen: Literal["loopback", "node"] = Field(
         "loopback", description="Who may pull: generators on this host, or on every host that reaches the node."
+    )
+    encryption: bool = Field(True, description="CURVE with keys made per run; only loopback goes without.")
+    shared_memory: bool = Field(True, description="Generators map the memory of a process on their host that has it.")
+    fan_out: int = Field(
+        2, ge=0, description="Generators that pull from the trainer, and from each that serves onward; 0 for all."
+    )
+    delta: bool = Field(
+        True, description="Send what changed since the version before, without loss, to those that pull over a network."
+    )
+    patience_s: float = Field(5.0, gt=0.0, description="A source that is silent for so long is replaced.")
+    grace_s: float = Field(
+        10.0, ge=0.0, description="Wait so long for further generators once one has a version; they catch up alone."
+    )
+    in_flight: Literal["keep", "wait", "abort"] = Field(
+        "keep", description="Running requests go on with the new weights, are finished first, or are begun anew."
+    )
+    recompute_cache: bool = Field(
+        False, description="Recompute what running requests have cached with the new weights (in_flight: keep)."
+    )
+    canaries: int = Field(
+        4, ge=0, description="Sequences whose log-probabilities must agree after each update; 0 proves by digest only."
+    )
+    canary_tolerance: float | None = Field(
+        None,
+        gt=0.0,
+        description="Mean gap a canary's token may have, in nats; null: 1e-4 in float32, 0.05 in bfloat16.",
     )
     max_logprob_gap: float = Field(
         0.5, gt=0.0, description="Alarm: gap between trainer's and generator's log-probability of a token, in nats."

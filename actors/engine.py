@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -160,12 +159,6 @@ class Engine:
             if hasattr(optimiser, "_release_preflattened_grad_buffers"):  # stages 1 and 2
                 optimiser._release_preflattened_grad_buffers(index)
         optimiser.zero_grad()
-
-    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter by name, whole, one at a time; valid until the next. Under ZeRO-3 all ranks must iterate."""
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                yield name, parameter.detach()
 
 
 def _settings(module: nn.Module, config: TrainerConfig, precision: Precision, *, clips: bool) -> dict[str, Any]:

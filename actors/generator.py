@@ -18,24 +18,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
-from actors.config import DeadlineConfig, GeneratorConfig, ModelConfig
+from actors.config import DeadlineConfig, GeneratorConfig, ModelConfig, WeightsConfig
+from actors.engine_weights import EngineWeights
 from actors.vllm_engine import end_processes, engine_args, engine_processes
+from actors.weights.canary import Canaries, CanaryReport
 from actors.weights.offer import WeightsOffer, WeightsReceipt
 from rollout.config import SamplingConfig
 from rollout.encoding import EncodedPrompt, PromptEncoder
-from rollout.failures import DataError, Failure, FailureError, FailureKind
+from rollout.failures import DataError, Failure, FailureError
 from rollout.media import MediaStore
 from rollout.prompts import Prompt
 from rollout.samples import Completion, FinishReason, Generation
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine import PauseMode
+
+    from actors.weights.canary import CanarySequence
 
 logger = logging.getLogger(__name__)
 
-RECEIVE_SHARE = 0.8  # of the deadline of an update; the rest is for loading
 REQUEST_FAILED = "request_failed"
 ABORTED_S = 0.05  # for the outputs of aborted requests to reach their callers
 
@@ -52,7 +55,9 @@ class GeneratorSpec:
         name: what messages call it.
         seed: of the engine's own random state, used where a request has no seed.
         initial_version: policy version of the weights in the model folder.
-        weights_folder: where versions are assembled; by default shared memory, else the temporary folder.
+        weights: how versions are received, loaded and proven.
+        address: of its node, as others see it, where it serves versions onward; by default as Ray knows it.
+        weights_folder: where versions are put; by default memory, or disk where there isn't enough of it.
     """
 
     model: ModelConfig
@@ -62,6 +67,8 @@ class GeneratorSpec:
     name: str = "generator-0"
     seed: int = 0
     initial_version: int = 0
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    address: str | None = None
     weights_folder: Path | None = None
 
 
@@ -71,7 +78,9 @@ class GeneratorStats:
 
     Attributes:
         policy_version: the version it serves.
+        verified_version: the last version that was proven to be the trainer's.
         is_stale: it refuses to generate, because an update left it between two versions.
+        is_asleep: it has given its memory to the trainer, and waits for the next version.
         requests: prompts in flight.
         sequences: sequences in flight, running or waiting.
         generated_tokens: since its start.
@@ -80,7 +89,9 @@ class GeneratorStats:
     """
 
     policy_version: int
+    verified_version: int
     is_stale: bool
+    is_asleep: bool
     requests: int
     sequences: int
     generated_tokens: int
@@ -129,13 +140,11 @@ class Generator:
 
     spec: GeneratorSpec
     _engine: Any = field(default=None, init=False)
-    _stale: Failure | None = field(default=None, init=False)
     _counters: _Counters = field(default_factory=_Counters, init=False)
 
     def __post_init__(self) -> None:
-        self._version = self.spec.initial_version
+        self._weights = EngineWeights(self.spec, has_requests=lambda: self._counters.requests > 0)
         self._starting = asyncio.Lock()
-        self._updating = asyncio.Lock()
 
     async def ready(self) -> float:
         """Start the engine, once. Returns the seconds it took.
@@ -165,8 +174,9 @@ class Generator:
             the media store), of kind INFRASTRUCTURE where this generator can't serve (`generator_stale`,
             `generation_aborted`, `engine_dead`).
         """
-        if self._stale is not None:
-            return self._stale
+        refusal = self._weights.stale or await self._weights.once_awake(self.spec.deadlines.generate_s)
+        if refusal is not None:
+            return refusal
         started = time.monotonic()
         try:
             self._counters.requests += 1
@@ -177,55 +187,55 @@ class Generator:
         finally:
             self._counters.requests -= 1
             self._counters.sequences -= n
-        return self._generation(output, n, started, has_text=bool(sampling.stop))
+        generation = self._generation(output, n, started, has_text=bool(sampling.stop))
+        newest = max((int(c.policy_versions.max()) for c in generation.completions if len(c)), default=-1)
+        return await self._weights.once_proven(newest) or generation
 
-    async def load_weights(self, offer: WeightsOffer) -> WeightsReceipt:
-        """Bring the engine to a new policy version while sequences are in flight; they go on with the new weights.
+    async def load_weights(self, offer: WeightsOffer, *, anew: bool = False) -> WeightsReceipt:
+        """Bring the engine to a new policy version while sequences are in flight.
 
-        The version is received and checked while generation goes on; only loading stops it.
+        Prepare (receive and check, while generation goes on), pause, load, invalidate caches, resume. What it samples
+        from then on is handed out once :meth:`verify` has proven the version, if the recipe has canaries.
 
+        Args:
+            offer: the version.
+            anew: receive and load all of it, frozen weights too, and find out which tensors of the engine that changes.
         Raises:
             FailureError: INFRASTRUCTURE. Where receiving failed, the generator still serves its old version whole;
                 where loading failed, it is stale (`weights_not_loaded`): its requests are aborted and it refuses new
                 ones until it has loaded a version.
         """
-        async with self._updating:
-            started = time.monotonic()
-            deadline_s = RECEIVE_SHARE * self.spec.deadlines.sync_s
-            received = await asyncio.to_thread(self._receiver.receive, offer, deadline_s)
-            transferred = time.monotonic()
-            await self._pause("keep")
-            paused = time.monotonic()
-            try:
-                await self._load(received.manifest.pack(), received.path, offer.version)
-                loaded = time.monotonic()
-            except asyncio.CancelledError as error:
-                await self._give_up(offer, error)
-                raise
-            except Exception as error:
-                raise await self._give_up(offer, error) from error
-            finally:
-                await self._engine.resume_generation()
-            self._version, self._stale = offer.version, None
-            return WeightsReceipt(
-                version=offer.version,
-                digest=received.manifest.digest,
-                transfer_s=transferred - started,
-                load_s=loaded - paused,
-                pause_s=time.monotonic() - transferred,
-            )
+        return await self._weights.load(offer, anew=anew)
+
+    async def verify(self, canaries: Canaries) -> CanaryReport:
+        """Compare log-probabilities with the trainer's. Where they agree, the version counts as proven.
+
+        Where they don't, the generator is stale: what it has sampled with that version isn't handed out, and it refuses
+        requests until it has loaded a version again.
+
+        Raises:
+            FailureError: INFRASTRUCTURE: it serves another version than the canaries' (`canary_version`), or the engine
+                is dead.
+        """
+        return await self._weights.verify(canaries, self._log_probs)
+
+    async def sleep(self, level: int) -> None:
+        """Give the GPU's memory to the trainer until the next version comes; see :meth:`EngineWeights.sleep`."""
+        await self._weights.sleep(level)
 
     async def policy_version(self) -> int:
         """The version that is being served."""
-        return self._version
+        return self._weights.version
 
     async def stats(self) -> GeneratorStats:
         """Load and totals."""
         own = psutil.Process()
         processes = [own, *own.children(recursive=True)]
         return GeneratorStats(
-            policy_version=self._version,
-            is_stale=self._stale is not None,
+            policy_version=self._weights.version,
+            verified_version=self._weights.verified,
+            is_stale=self._weights.stale is not None,
+            is_asleep=self._weights.is_asleep,
             memory_bytes=sum(process.memory_info().rss for process in processes if process.is_running()),
             **vars(self._counters),
         )
@@ -235,31 +245,28 @@ class Generator:
         if self._engine is None:
             return
         children = engine_processes(self._engine)
-        engine, self._stale = self._engine, self._failure("generator_stopped", "was stopped")
+        engine, self._weights.stale = self._engine, self._failure("generator_stopped", "was stopped")
         deadline_s = self.spec.deadlines.stop_s
         with contextlib.suppress(FailureError, TimeoutError):  # a dead or stuck engine has nothing left to abort
-            await asyncio.wait_for(self._pause("abort"), deadline_s / 4)
+            await asyncio.wait_for(self._weights.pause("abort"), deadline_s / 4)
             await asyncio.sleep(ABORTED_S)
         self._engine = None
         if engine.output_handler is not None:
             engine.output_handler.cancel()
         await asyncio.to_thread(engine.shutdown, timeout=deadline_s / 4)
         await asyncio.to_thread(end_processes, children, deadline_s / 4)
-        self._receiver.close()
+        await self._weights.close(deadline_s / 4)
 
     async def _start(self) -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
-
-        from actors.weights.receiver import WeightReceiver
 
         model = self.spec.model
         self._encoder = PromptEncoder.from_pretrained(
             model.path, MediaStore(self.spec.media_folder), trust_remote_code=model.trust_remote_code
         )
-        self._receiver = WeightReceiver(folder=self.spec.weights_folder)
         try:
             self._engine = AsyncLLM.from_engine_args(engine_args(self.spec, self._encoder.banned_token_ids))
-            await self._engine.update_weight_version(str(self._version))
+            await self._weights.start(self._engine)
         except Exception as error:
             why = f"vLLM didn't start with {model.path}: {error}"
             raise FailureError(self._failure("engine_start_failed", why)) from error
@@ -278,7 +285,7 @@ class Generator:
         """vLLM's input for a prompt: media placeholders expanded, once, by the engine's own processor."""
         request: dict[str, Any] = {
             "prompt_token_ids": encoded.token_ids.tolist(),
-            "cache_salt": str(self._version),  # cached prefixes of older weights are never found again
+            "cache_salt": str(self._weights.version),  # cached prefixes of older weights are never found again
         }
         if encoded.images:
             request["multi_modal_data"] = {"image": encoded.images}
@@ -323,7 +330,9 @@ class Generator:
 
         output: RequestOutput | None = None
         try:
-            async for latest in self._engine.generate(engine_input, params, request_id):
+            async for latest in self._engine.generate(
+                engine_input, params, request_id, lora_request=self._weights.adapter
+            ):
                 output = latest
         except (EngineDeadError, EngineGenerateError) as error:
             why = f"its engine died or failed while it served {request_id}: {error!r}"
@@ -332,7 +341,7 @@ class Generator:
         if output is None or not reasons <= {"stop", "length"}:
             reason = REQUEST_FAILED if "error" in reasons else "generation_aborted"
             why = f"request {request_id} ended with {reasons}"
-            raise FailureError(self._stale or self._failure(reason, why))
+            raise FailureError(self._weights.stale or self._failure(reason, why))
         return output
 
     def _generation(self, output: RequestOutput, n: int, started: float, *, has_text: bool) -> Generation:
@@ -357,41 +366,27 @@ class Generator:
             text=output.text if has_text else self._encoder.decode(token_ids),
         )
 
-    async def _load(self, manifest: bytes, path: Path, version: int) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+    async def _log_probs(self, sequence: CanarySequence, request_id: str) -> NDArray[np.float32]:
+        """[tokens] of a given completion, under the whole distribution, nats."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        engine = self._engine
-        await engine.start_weight_update()
-        await engine.update_weights(WeightTransferUpdateRequest(update_info={"manifest": manifest, "path": str(path)}))
-        await engine.finish_weight_update(str(version))
-        freeze = self.spec.model.freeze
-        if not (freeze.vision_tower and freeze.projector):
-            await engine.reset_encoder_cache()
-        if not self._counters.requests:
-            await engine.reset_prefix_cache()  # frees the blocks; while requests run, the salt keeps them apart
-
-    async def _give_up(self, offer: WeightsOffer, error: BaseException) -> FailureError:
-        why = (
-            f"policy version {offer.version} was received whole but not loaded: {error!r}. The "
-            "engine may hold parts of two versions, so it serves nothing until a version is loaded."
+        encoded = await asyncio.to_thread(self._encoder.encode, sequence.prompt)
+        engine_input = await self._expand(sequence.prompt, encoded)
+        engine_input["prompt_token_ids"] = [*engine_input["prompt_token_ids"], *sequence.token_ids.tolist()]
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._stale = self._failure("weights_not_loaded", why)
-        logger.error(self._stale.message)
-        await self._pause("abort")
-        return FailureError(self._stale)
-
-    async def _pause(self, mode: PauseMode) -> None:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        # AsyncLLM.pause_generation does the same and then sleeps for 20 ms, a third of a small model's update
-        pause = self._engine.engine_core.pause_scheduler_async
-        try:
-            await pause(mode=mode, clear_cache=False)
-        except EngineDeadError as error:
-            raise FailureError(self._failure("engine_dead", "its engine is dead")) from error
+        output = await self._run(engine_input, params, request_id)
+        found: Any = output.prompt_logprobs
+        return np.asarray(found.logprobs[-len(sequence.token_ids) :], dtype=np.float32)
 
     def _failure(self, reason: str, why: str) -> Failure:
-        return Failure(FailureKind.INFRASTRUCTURE, reason, f"{self.spec.name}: {why}")
+        return self._weights.failure(reason, why)
 
 
 def _policy_versions(output: CompletionOutput, tokens: int) -> np.ndarray[Any, np.dtype[np.int32]]:

@@ -13,6 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 from actors.calls import Share
 from actors.generator import Generator, GeneratorSpec, GeneratorStats
 from actors.vllm_engine import engine_environment
+from actors.weights.canary import Canaries, CanaryReport
 from actors.weights.offer import WeightsOffer, WeightsReceipt
 from rollout.config import SamplingConfig
 from rollout.failures import Failure, FailureError, FailureKind
@@ -71,17 +72,31 @@ class GeneratorHandle:
             raise FailureError(answer)
         return answer
 
-    async def load_weights(self, offer: WeightsOffer) -> WeightsReceipt:
-        """Bring the generator to the offered version and check its word.
+    async def load_weights(self, offer: WeightsOffer, *, anew: bool = False) -> WeightsReceipt:
+        """Bring the generator to the offered version and check its word; see :meth:`Generator.load_weights`.
 
         Raises:
             FailureError: INFRASTRUCTURE; the generator doesn't serve that version.
         """
         what = f"load policy version {offer.version}"
-        receipt: WeightsReceipt = await self._call("load_weights", what, self.spec.deadlines.sync_s, offer)
-        if (receipt.version, receipt.digest) != (offer.version, offer.manifest_digest):
-            raise self._failure("weights_mismatch", f"{self.name} loaded {receipt}, but {offer} was offered")
+        receipt: WeightsReceipt = await self._call("load_weights", what, self.spec.deadlines.sync_s, offer, anew=anew)
+        if (receipt.version, receipt.digest) != (offer.version, offer.trained.digest):
+            raise self._failure(
+                "weights_mismatch",
+                f"{self.name} loaded version {receipt.version} with digest {receipt.digest}, but version "
+                f"{offer.version} with digest {offer.trained.digest} was offered",
+            )
         return receipt
+
+    async def verify(self, canaries: Canaries) -> CanaryReport:
+        """Compare its log-probabilities with the trainer's; see :meth:`Generator.verify`."""
+        what = f"compute the canaries of version {canaries.version}"
+        report: CanaryReport = await self._call("verify", what, self.spec.deadlines.sync_s, canaries)
+        return report
+
+    async def sleep(self, level: int) -> None:
+        """Have it give its memory to the trainer until the next version comes; see :meth:`Generator.sleep`."""
+        await self._call("sleep", "fall asleep", 2 * self.spec.deadlines.generate_s, level)
 
     async def policy_version(self) -> int:
         """The version it serves."""
@@ -101,9 +116,9 @@ class GeneratorHandle:
         finally:
             ray.kill(self.actor)
 
-    async def _call(self, method: str, what: str, deadline_s: float, *arguments: Any) -> Any:
+    async def _call(self, method: str, what: str, deadline_s: float, *arguments: Any, **options: Any) -> Any:
         started = time.monotonic()
-        reference = getattr(self.actor, method).remote(*arguments)
+        reference = getattr(self.actor, method).remote(*arguments, **options)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(reference.future()), deadline_s)
         except TimeoutError:

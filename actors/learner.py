@@ -22,6 +22,7 @@ from torch import Tensor, distributed
 
 from actors.batches import TOKEN_FEATURES, ModelBatch, expand_prompts, model_batch
 from actors.calls import PEER_REFUSED
+from actors.config import LoraConfig
 from actors.engine import Engine, Place, join
 from actors.ranks import LearnerSpec
 from actors.schedule import learning_rate
@@ -38,6 +39,7 @@ from rollout.samples import TrainingSample
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 STATE_TAG = "state"
+LORA_FILE = "lora.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,32 +114,43 @@ class Learner(ABC):
     def save(self, folder: Path) -> None:
         """Write everything the next update depends on, for :meth:`load`; all ranks write into the same folder."""
         folder.mkdir(parents=True, exist_ok=True)
+        lora = self.spec.model.lora
         self.engine.engine.save_checkpoint(
-            str(folder), tag=STATE_TAG, client_state=self._client_state(), save_latest=False
+            str(folder),
+            tag=STATE_TAG,
+            client_state=self._client_state(),
+            save_latest=False,
+            exclude_frozen_parameters=lora is not None,  # the model folder has them
         )
+        if lora is not None and self.place.rank == 0:
+            (folder / LORA_FILE).write_text(_identity(lora), encoding="utf-8")
         torch.save(_random_states(self.place), folder / f"random_{self.place.rank}.pt")
 
     def load(self, folder: Path) -> None:
-        """Continue from :meth:`save`, with the same number of ranks and ZeRO stage.
+        """Continue from :meth:`save`, with the same number of ranks, ZeRO stage and adapters.
 
         Raises:
             FailureError: `checkpoint_unreadable`.
         """
         random_file = folder / f"random_{self.place.rank}.pt"
         if not random_file.exists():
-            raise FailureError(
-                Failure(
-                    FailureKind.DATA,
-                    "checkpoint_unreadable",
-                    f"{folder} holds no state of rank {self.place.rank} of {self.place.world_size}. "
-                    "Resume with as many trainer ranks as wrote it.",
-                )
+            raise _unreadable(
+                f"{folder} holds no state of rank {self.place.rank} of {self.place.world_size}. "
+                "Resume with as many trainer ranks as wrote it."
             )
-        path, client_state = self.engine.engine.load_checkpoint(str(folder), tag=STATE_TAG)
+        lora, lora_file = self.spec.model.lora, folder / LORA_FILE
+        written = lora_file.read_text(encoding="utf-8") if lora_file.exists() else None
+        own = None if lora is None else _identity(lora)
+        if written != own:
+            raise _unreadable(
+                f"{folder} was written with model.lora = {written or 'null'}, and this run has {own or 'null'}. "
+                "Resume with what wrote it."
+            )
+        path, client_state = self.engine.engine.load_checkpoint(
+            str(folder), tag=STATE_TAG, load_module_strict=lora is None
+        )
         if path is None:
-            raise FailureError(
-                Failure(FailureKind.DATA, "checkpoint_unreadable", f"{folder} holds no trainer state to load.")
-            )
+            raise _unreadable(f"{folder} holds no trainer state to load.")
         self._restore(client_state)
         _restore_random_states(torch.load(random_file, weights_only=True), self.place)
 
@@ -354,6 +367,15 @@ def merged_reports(reports: list[dict[str, float]]) -> dict[str, float]:
         else sum(report[name] for report in reports) / len(reports)
         for name in reports[0]
     }
+
+
+def _identity(lora: LoraConfig) -> str:
+    """What of the adapters' settings a checkpoint depends on."""
+    return lora.model_dump_json(include={"rank", "alpha", "targets", "use_rslora"})
+
+
+def _unreadable(why: str) -> FailureError:
+    return FailureError(Failure(FailureKind.DATA, "checkpoint_unreadable", why))
 
 
 def _random_states(place: Place) -> dict[str, Tensor]:

@@ -84,14 +84,14 @@ def freeze(model: nn.Module, config: FreezeConfig) -> None:
     Raises:
         ValueError: a part to freeze doesn't exist in this architecture, or nothing would be left to train.
     """
-    projector = _outermost(model, PROJECTORS)
+    projector = outermost(model, PROJECTORS)
     if config.vision_tower:
         kept = {id(parameter) for module in projector for parameter in module.parameters()}
-        _freeze_all("vision_tower", _outermost(model, VISION_TOWERS), VISION_TOWERS, keep=kept)
+        _freeze_all("vision_tower", outermost(model, VISION_TOWERS), VISION_TOWERS, keep=kept)
     if config.projector:
         _freeze_all("projector", projector, PROJECTORS)
     if config.language_model:
-        _freeze_all("language_model", _outermost(model, LANGUAGE_MODELS), LANGUAGE_MODELS)
+        _freeze_all("language_model", outermost(model, LANGUAGE_MODELS), LANGUAGE_MODELS)
         output_embeddings = model.get_output_embeddings()  # type: ignore[operator]
         output_embeddings.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -207,7 +207,7 @@ def _forward(model: Any, batch: ModelBatch) -> Any:
     inputs = dict(batch.inputs)
     if batch.layout is not None:
         inputs["position_ids"] = batch.layout.positions(getattr(model, "module", model), inputs)
-    tower = next(iter(_outermost(model, VISION_TOWERS)), None) if batch.shared is not None else None
+    tower = next(iter(outermost(model, VISION_TOWERS)), None) if batch.shared is not None else None
     with repeated_images(tower, batch.inputs.get(GRID), batch.shared):
         return model(**inputs, use_cache=False)
 
@@ -216,7 +216,7 @@ def _scatter(values: Tensor, batch: ModelBatch) -> Tensor:
     return values.new_zeros(batch.shape).index_put((batch.samples, batch.columns), values)
 
 
-def _outermost(model: nn.Module, names: frozenset[str]) -> list[nn.Module]:
+def outermost(model: nn.Module, names: frozenset[str]) -> list[nn.Module]:
     """Modules with one of these names that aren't inside another such module."""
     paths = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in names]
     outermost = [path for path in paths if not any(path.startswith(other + ".") for other in paths)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from numpy.typing import NDArray
 
 from actors.config import WeightsConfig
 from actors.ranks import LearnerSpec, Rank, RankGroup
+from actors.weights.canary import TOLERANCE_NATS, Canaries, CanarySequence
 from actors.weights.offer import WeightsOffer
 from algorithms.config import AlgorithmConfig
+from rollout.prompts import Prompt
 from rollout.samples import TrainingSample
 
 
@@ -39,8 +42,10 @@ class PolicyRank(Rank):
 
     def __init__(self, spec: PolicySpec, rank: int, device: str) -> None:
         super().__init__(spec, rank, device)
-        self.source: Any = None
+        self.sources: Any = None
+        """What is published: the trained part, and the frozen one or None."""
         self.publisher: Any = None
+        self.has_published = False
 
     def learner_class(self) -> type:
         """The policy trainer."""
@@ -70,21 +75,46 @@ class PolicyRank(Rank):
 
     def publish(self, version: int) -> WeightsOffer | None:
         """Serve the weights as they are now, as this policy version. Rank 0 returns the offer, the others None."""
-        from actors.weights.publisher import LOOPBACK, WeightPublisher
-        from actors.weights.source import WeightSource
+        from actors.policy_weights import policy_sources
+        from actors.weights.publisher import LOOPBACK, WeightPublisher, read_on_other_ranks
 
         settings = self.spec.weights
-        if self.source is None:
-            precision = self.spec.model.precision
-            self.source = WeightSource(self.module, precision=precision, bucket_bytes=settings.bucket_mib << 20)
-        snapshot = self.source.snapshot(version, keep=self.rank == 0)
-        if snapshot is None:
+        if self.sources is None:
+            self.sources = policy_sources(self.module, self.spec.model, settings.bucket_mib << 20)
+        trained, frozen = self.sources
+        if self.rank > 0:
+            has_frozen, self.has_published = frozen is not None and not self.has_published, True
+            read_on_other_ranks([frozen, trained] if has_frozen else [trained])
             return None
         if self.publisher is None:
-            host = LOOPBACK if settings.listen == "loopback" else ray.util.get_node_ip_address()
-            self.publisher = WeightPublisher(host=host)
-        offer: WeightsOffer = self.publisher.publish(snapshot)
+            self.publisher = WeightPublisher(
+                host=LOOPBACK if settings.listen == "loopback" else ray.util.get_node_ip_address(),
+                bucket_bytes=settings.bucket_mib << 20,
+                fan_out=settings.fan_out,
+                is_encrypted=settings.encryption,
+                has_delta=settings.delta,
+            )
+        offer: WeightsOffer = self.publisher.publish(version, trained, frozen)
         return offer
+
+    def canaries(self, prompts: list[Prompt]) -> dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]]:
+        """See :meth:`actors.trainer.PolicyTrainer.canaries`."""
+        found: dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]] = self.learner.canaries(prompts)
+        return found
+
+    def unpublished(self) -> list[str]:
+        """Tensors whose weights aren't what was published last, by name; rank 0 finds out, all ranks call."""
+        from actors.weights.publisher import read_on_other_ranks
+        from actors.weights.writer import Comparison
+
+        sources = [source for source in self.sources or () if source is not None]
+        if self.publisher is None:
+            read_on_other_ranks(sources)
+            return []
+        comparison = Comparison(self.publisher.holdings)
+        for source in sources:
+            source.read(comparison)
+        return comparison.different
 
     def export(self, folder: Path) -> None:
         """See :meth:`actors.trainer.PolicyTrainer.export`."""
@@ -114,10 +144,25 @@ class PolicyGroup(RankGroup):
         return await self._by_sample("log_probs_and_collision", "compute log-probabilities", samples)
 
     async def publish(self, version: int) -> WeightsOffer:
-        """Serve the weights as they are now, as this policy version, until two later ones have been published."""
+        """Serve the weights as they are now, as this policy version, until the generators have it or a later one."""
         offers = await self._all("publish", f"publish version {version}", self.spec.deadlines.sync_s, version)
         offer: WeightsOffer = offers[0]
         return offer
+
+    async def canaries(self, prompts: Sequence[Prompt], version: int) -> Canaries:
+        """What a generator of the policy as it is now must reproduce on these prompts."""
+        what, deadline_s = "compute log-probabilities of canaries", self.spec.deadlines.update_s
+        shares = await self._all("canaries", what, deadline_s, list(prompts))
+        by_index = {index: values for share in shares for index, values in share.items()}
+        sequences = [CanarySequence(prompt, *by_index[index]) for index, prompt in enumerate(prompts)]
+        tolerance = self.spec.weights.canary_tolerance or TOLERANCE_NATS[self.spec.model.precision]
+        return Canaries(version, tuple(sequences), tolerance)
+
+    async def unpublished(self) -> list[str]:
+        """Tensors whose weights aren't what was published last, by name: empty unless something is wrong."""
+        found = await self._all("unpublished", "compare its weights", self.spec.deadlines.update_s)
+        names: list[str] = found[0]
+        return names
 
     async def export(self, folder: Path) -> None:
         """Write a Hugging Face folder that transformers and vLLM load."""

@@ -18,10 +18,13 @@ from torch import Tensor, distributed
 from actors.batches import ModelBatch, check_hidden_states, check_samples, token_matrix
 from actors.engine import Place
 from actors.learner import Learner, MicroBatch, Part, Plan, UnusableOutputError, merged_reports
+from actors.lora import add_adapters, plain_tensors
 from actors.model import TokenLogProbs, completion_log_probs, freeze, load_model, require_plain
 from actors.objectives import GradientCombiner
 from actors.output_head import OutputHead, ReferenceOutputs
 from actors.reference_head import load_output_head
+from actors.weights.canary import MAX_TOKENS as CANARY_TOKENS
+from actors.weights.source import gathered
 from algorithms import choices  # noqa: F401  registers the built-in methods
 from algorithms.config import AlgorithmConfig
 from algorithms.finite import NonFiniteError
@@ -30,6 +33,7 @@ from algorithms.kl import full, needs_distributions
 from algorithms.objective import Denominators, ObjectiveMetrics, TokenBatch, objective
 from algorithms.registry import KL_ESTIMATORS, POLICY_LOSSES
 from rollout.balance import split_evenly
+from rollout.prompts import Prompt, TextPart
 from rollout.samples import TrainingSample
 from rollout.user_code import import_modules
 
@@ -52,8 +56,11 @@ class PolicyTrainer(Learner):
         self._reference_head = self._load_reference_head() if needs_distributions(spec.algorithm.kl) else None
 
     def _load_module(self) -> Any:
-        module = load_model(self.spec.model)
-        freeze(module, self.spec.model.freeze)
+        model = self.spec.model
+        module = load_model(model)
+        freeze(module, model.freeze)
+        if model.lora is not None:
+            add_adapters(module, model.lora, seed=self.spec.seed)
         return module
 
     def _load_reference_head(self) -> OutputHead:
@@ -136,16 +143,53 @@ class PolicyTrainer(Learner):
 
         return self._each_token(self._agreed(lambda: self._plan(samples)), forward)
 
+    def canaries(self, prompts: Sequence[Prompt]) -> dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]]:
+        """Token ids and log-probabilities of this rank's share of the canaries, by index.
+
+        A canary's completion is the beginning of its prompt's own text: nobody has to sample it, and every policy finds
+        some of it likely. Log-probabilities are of the whole distribution at temperature 1, nats.
+        """
+        samples = [self._canary(prompt) for prompt in prompts]
+        plan = self._agreed(lambda: self._plan(samples))
+
+        def forward(micro_batch: MicroBatch) -> Tensor:
+            return completion_log_probs(self.engine.engine, micro_batch.batch, temperature=1.0).log_probs
+
+        found = self._each_token(plan, forward)
+        return {index: (samples[index].token_ids, log_probs) for index, log_probs in found.items()}
+
+    def _canary(self, prompt: Prompt) -> TrainingSample:
+        expanded = self.encoder.expand(prompt)
+        room = min(CANARY_TOKENS, self.spec.model.max_length - len(expanded.token_ids) - 1)
+        text = self.encoder.tokenizer.encode(_text_of(prompt), add_special_tokens=False)
+        banned = set(self.encoder.banned_token_ids)
+        ids = [token for token in text if token not in banned] or list(self.encoder.stop_token_ids)
+        count = max(1, min(room, len(ids)))
+        zeros = np.zeros(count, np.float32)
+        return TrainingSample(
+            prompt=prompt,
+            prompt_token_ids=expanded.token_ids,
+            token_ids=np.asarray(ids[:count], dtype=np.int32),
+            loss_mask=np.ones(count, dtype=np.bool_),
+            advantages=zeros,
+            behaviour_log_probs=zeros,
+            policy_versions=np.zeros(count, np.int32),
+        )
+
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder with weights, processor and tokenizer; rank 0 writes, all ranks call."""
+        """Write a Hugging Face folder with weights, processor and tokenizer; rank 0 writes, all ranks call.
+
+        Adapters are added to the layers they sit on, in float32: the folder is that of a plain model.
+        """
         writes = self.place.rank == 0
         weights: dict[str, Tensor] = {}
-        for name, parameter in self.engine.whole_parameters():
-            if writes:
-                weights[name] = parameter.to("cpu", copy=True)
+        for tensor in plain_tensors(self.module, self.spec.model.precision):
+            with gathered(list(tensor.parameters)):
+                if writes:
+                    weights[tensor.name] = tensor.read().to("cpu", tensor.parameters[0].dtype, copy=True)
         if writes:
             state = self.module.state_dict()
-            buffers = {name: state[name].cpu() for name in state.keys() - weights.keys()}
+            buffers = {name: state[name].cpu() for name, _ in self.module.named_buffers() if name in state}
             self.module.save_pretrained(folder, state_dict=weights | buffers)
             self.encoder.save_pretrained(folder)
         distributed.barrier()
@@ -289,6 +333,10 @@ class PolicyTrainer(Learner):
             for index, sample in enumerate(plan.samples)
         ]
         return replace(plan, samples=samples)
+
+
+def _text_of(prompt: Prompt) -> str:
+    return "".join(part.text for message in prompt.messages for part in message.parts if isinstance(part, TextPart))
 
 
 def _token_batch(

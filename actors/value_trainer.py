@@ -97,7 +97,7 @@ class ValueTrainer(Learner):
 def load_value_model(spec: CriticSpec) -> Any:
     """The model of a folder with a head of one output, 0 at the start, in place of its output embeddings.
 
-    All of the body learns: a frozen one would leave the critic no more than its head.
+    All of the body learns, without adapters: a frozen one would leave the critic no more than its head.
 
     Raises:
         ValueError: the family scales or caps what its head says, which would bend the values.

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from actors.config import GeneratorConfig
+from actors.config import GeneratorConfig, ModelConfig
 
 if TYPE_CHECKING:
     from actors.generator import GeneratorSpec
 
 CPU_BATCHED_TOKENS = 8192
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM makes room for."""
 GIB = 1 << 30
 
 
@@ -39,7 +41,10 @@ def engine_args(spec: GeneratorSpec, banned_token_ids: Sequence[int]) -> Any:
     from actors.weights.plugin import BACKEND
 
     model, config = spec.model, spec.config
-    platform: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_share}
+    platform: dict[str, Any] = {
+        "gpu_memory_utilization": config.gpu_memory_share,
+        "enable_sleep_mode": config.sleep_level > 0,
+    }
     if current_platform.is_cpu():
         platform = {
             "kv_cache_memory_bytes": int(config.kv_cache_gib * GIB),
@@ -63,10 +68,24 @@ def engine_args(spec: GeneratorSpec, banned_token_ids: Sequence[int]) -> Any:
         logits_processors=["actors.token_mask:BannedTokens"],
         additional_config={CONFIG_KEY: list(banned_token_ids)},
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        worker_extension_cls="actors.weights.engine.WeightsExtension",
         generation_config="vllm",
         disable_log_stats=True,
+        **_lora_args(model),
         **platform,
     )
+
+
+def _lora_args(model: ModelConfig) -> dict[str, Any]:
+    """Room for the one adapter that all requests share; nothing where generators get whole weights."""
+    if model.lora is None or model.lora.sync != "adapter":
+        return {}
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": min(rank for rank in LORA_RANKS if rank >= model.lora.rank),
+        "lora_target_modules": [target.rsplit(".", 1)[-1] for target in model.lora.targets],
+    }
 
 
 def engine_processes(engine: Any) -> list[psutil.Process]:

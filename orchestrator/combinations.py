@@ -23,6 +23,7 @@ def problems(config: Config) -> list[str]:
         *_reward_problems(config.reward),
         *_evaluation_problems(config),
         *_placement_problems(config),
+        *_weights_problems(config),
     ]
 
 
@@ -52,6 +53,11 @@ def warnings(config: Config) -> list[str]:
         found.append(
             f"rollout.max_staleness = {config.rollout.max_staleness} with algorithm.correction.method = none trains "
             "on samples of older policies as if they were the current one's. Set it to token_truncated."
+        )
+    if config.model.lora is not None and config.model.lora.dropout > 0.0:
+        found.append(
+            f"model.lora.dropout = {config.model.lora.dropout:g} makes the trained policy differ from the sampled one "
+            "at random, which adds noise to every importance ratio. Set it to 0 outside supervised fine-tuning."
         )
     if sampling.ignore_eos:
         found.append(
@@ -94,6 +100,11 @@ def _trainer_problems(model: ModelConfig, trainer: TrainerConfig) -> list[str]:
         )
     if model.freeze.vision_tower and model.freeze.projector and model.freeze.language_model:
         found.append("model.freeze freezes every part of the model, so nothing is left to train. Set one to false.")
+    if model.lora is not None and model.freeze.language_model:
+        found.append(
+            "model.freeze.language_model = true with model.lora leaves nothing to train, because adapters sit in the "
+            "language model. Set it to false: with model.lora all but the adapters is frozen anyway."
+        )
     if model.attention == "flash_attention_2" and model.precision == "float32":
         found.append(
             "model.attention = flash_attention_2 has no float32 kernels. Set model.precision to bfloat16, or "
@@ -233,6 +244,37 @@ def _evaluation_problems(config: Config) -> list[str]:
             f"[{', '.join(evaluation.modes)}]. Set it to {allowed}."
         ]
     return []
+
+
+def _weights_problems(config: Config) -> list[str]:
+    found = []
+    weights, generator = config.weights, config.generator
+    if not weights.encryption and weights.listen == "node":
+        found.append(
+            "weights.encryption = false with weights.listen = node would send the weights over the network in the "
+            "clear, to anybody who asks. Set encryption to true, or listen to loopback."
+        )
+    if weights.recompute_cache and weights.in_flight != "keep":
+        found.append(
+            f"weights.recompute_cache = true with weights.in_flight = {weights.in_flight} has nothing to recompute, "
+            "because no request runs across an update. Set in_flight to keep, or recompute_cache to false."
+        )
+    if generator.sleep_level > 0 and config.rollout.max_staleness > 0:
+        found.append(
+            f"generator.sleep_level = {generator.sleep_level} puts generators to sleep while the trainer learns, and "
+            f"rollout.max_staleness = {config.rollout.max_staleness} wants them to generate meanwhile. Set one to 0."
+        )
+    if weights.backend == "ipc" and weights.listen == "node":
+        found.append(
+            "weights.backend = ipc shares GPU memory between processes of one host, and weights.listen = node is for "
+            "generators on others. Set listen to loopback, or backend to zmq or nccl."
+        )
+    if weights.backend != "zmq" and config.model.lora is not None and config.model.lora.sync == "adapter":
+        found.append(
+            f"weights.backend = {weights.backend} sends whole weights, and model.lora.sync = adapter sends a small "
+            "adapter that vLLM loads from a folder. Set backend to zmq, or model.lora.sync to merged."
+        )
+    return found
 
 
 def _placement_problems(config: Config) -> list[str]:

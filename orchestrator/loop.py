@@ -33,6 +33,7 @@ from orchestrator.learning import (
     with_values,
 )
 from orchestrator.mismatch import alarm, compare
+from orchestrator.publication import proof_prompts, publish
 from orchestrator.record import sample_rows
 from orchestrator.reference import Reference
 from orchestrator.rollouts import Batch, Rollouts, dropped_metrics
@@ -103,6 +104,7 @@ class Training:
             try:
                 with watch("learn"):
                     metrics |= await self.take_canary()
+                    await self.fleet.sleep(self.config.generator.sleep_level)
                     await uninterrupted(self.learn(appraisal, metrics))
                 with watch("sync"):
                     metrics |= await self.publish()
@@ -165,22 +167,15 @@ class Training:
         self.appraiser.learned(appraisal)
 
     async def publish(self) -> dict[str, float]:
-        """Bring the current version to every generator; the next batch may be admitted then."""
-        offer = await self.policy.publish(self.state.version)
-        published = await self.fleet.publish(offer)
+        """Bring the current version to every generator, with proof; the next batch may be admitted then."""
+        version = self.state.version
+        prompts = proof_prompts(self.canaries, self.config.weights.canaries)
+        published = await publish(self.policy, self.fleet, version, prompts)
         self.rollouts.admit()
         if self.config.rollout.max_staleness > 0:
-            sampling, version = self.config.rollout.sampling, self.state.version
+            sampling = self.config.rollout.sampling
             self.canary = asyncio.create_task(compare(self.fleet, self.policy, self.canaries, sampling, version))
-        return {
-            "weights/version": float(published.version),
-            "weights/verified_version": float(self.fleet.served_version),
-            "weights/delivered": float(published.delivered),
-            "weights/bytes": float(published.bytes),
-            "weights/transfer_s": published.transfer_s,
-            "weights/load_s": published.load_s,
-            "weights/pause_s": published.pause_s,
-        }
+        return published.metrics()
 
     async def take_canary(self) -> dict[str, float]:
         """What the canary of the version still current found; it must be in before that version is gone.

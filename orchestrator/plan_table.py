@@ -9,11 +9,13 @@ from rollout.config import DatasetConfig
 def plan_rows(config: Config | SFTConfig) -> list[tuple[str, str]]:
     """Name and value of each row of the plan."""
     model, trainer = config.model, config.trainer
-    frozen = [name.replace("_", " ") for name, is_frozen in model.freeze if is_frozen]
+    frozen = ", ".join(name.replace("_", " ") for name, is_frozen in model.freeze if is_frozen) or "nothing"
+    if model.lora is not None:
+        frozen = f"all but adapters of rank {model.lora.rank} on {', '.join(model.lora.targets)}"
     rows = [
         ("run", f"{config.run.name} in {config.run.folder}, seed {config.run.seed}"),
         ("model", f"{model.path}, {model.precision}, up to {model.max_length:,} tokens"),
-        ("frozen", ", ".join(frozen) or "nothing"),
+        ("frozen", frozen),
         *_data_rows(config.data),
         (
             "trainer",

@@ -228,7 +228,8 @@ def _value_bytes(config: ModelConfig) -> int:
 
 def _check_disk(config: Config | SFTConfig, model: ModelFolder) -> Iterator[Finding]:
     weights = model.parameters * _value_bytes(config.model)
-    trained = 2 if isinstance(config, Config) and config.has_critic else 1
+    # Of adapters, which are small, checkpoints keep no more than themselves; a critic is trained whole.
+    trained = int(config.model.lora is None) + int(isinstance(config, Config) and config.has_critic)
     checkpoint = trained * (weights + model.parameters * 12)  # float32 parameters and AdamW's two moments
     kept = config.checkpoint.keep + 2 if isinstance(config, Config) else 0  # the best, and the one being written
     needed = kept * checkpoint + weights
@@ -246,10 +247,12 @@ def memory_estimate(config: Config | SFTConfig, parameters: int) -> int:
     weights = parameters * _value_bytes(config.model)
     mixed = 0 if config.model.precision == "float32" else weights
     replicated = config.trainer.ranks if config.trainer.zero_stage == 0 else 1
-    trainer = config.trainer.ranks * PROCESS_BYTES + replicated * (parameters * 16 + mixed)
-    total = trainer
+    processes = config.trainer.ranks * PROCESS_BYTES
+    trained_whole = processes + replicated * (parameters * 16 + mixed)
+    copies = 1 if config.trainer.zero_stage == 3 else config.trainer.ranks  # of weights that aren't trained
+    total = trained_whole if config.model.lora is None else processes + copies * weights
     if isinstance(config, Config):
-        total += trainer if config.has_critic else 0
+        total += trained_whole if config.has_critic else 0
         cache = int(config.generator.kv_cache_gib * GIB)
         total += config.generator.replicas * (PROCESS_BYTES + weights + cache)
         if config.algorithm.kl.coefficient > 0:

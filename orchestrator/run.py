@@ -21,9 +21,10 @@ from orchestrator.config import Config, SFTConfig
 from orchestrator.evaluation import evaluate as evaluate_prompts
 from orchestrator.journal import Journal
 from orchestrator.progress import Progress
+from orchestrator.publication import proof_prompts, publish
 from orchestrator.recipe import load_config, save_config
 from orchestrator.record import Record
-from orchestrator.start import load_data, start_policy, start_training, start_voices
+from orchestrator.start import CANARIES, load_data, start_policy, start_training, start_voices
 from orchestrator.tracking import RunStatus, Tracker
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.media import MediaStore
@@ -222,7 +223,8 @@ async def _evaluate(config: Config, checkpoint: Path | None) -> int:
         if checkpoint is not None:
             await voices.policy.load(checkpoint / POLICY)
             version = step_of(checkpoint)
-        await voices.fleet.publish(await voices.policy.publish(version))
+        prompts = proof_prompts(data.train.prompts[:CANARIES], config.weights.canaries)
+        await publish(voices.policy, voices.fleet, version, prompts)
         for mode in config.evaluation.modes:
             found = await evaluate_prompts(
                 voices.fleet,

@@ -177,7 +177,12 @@ async def start_voices(config: Config, media_folder: Path, on_event: Callable[..
     Raises:
         FailureError: a role didn't start; says which and why.
     """
-    fleet = GeneratorFleet(lambda name: start_generator(config, media_folder, name), config.deadlines.start_s, on_event)
+    fleet = GeneratorFleet(
+        lambda name: start_generator(config, media_folder, name),
+        config.deadlines.start_s,
+        on_event,
+        config.weights.grace_s,
+    )
     scorer = Scorer(
         lambda: start_reward(config, media_folder),
         deadline_s=config.deadlines.score_s,
@@ -238,7 +243,8 @@ async def start_critic(config: Config, media_folder: Path) -> CriticGroup | None
     from actors.critic import CriticGroup, CriticSpec
 
     spec = CriticSpec(
-        model=config.model.model_copy(update={"path": config.critic.path or config.model.path}),
+        # all of a critic's body learns, whatever the policy's adapters
+        model=config.model.model_copy(update={"path": config.critic.path or config.model.path, "lora": None}),
         trainer=config.trainer.model_copy(update={"learning_rate": config.critic.learning_rate}),
         deadlines=config.deadlines,
         media_folder=media_folder.resolve(),
@@ -275,6 +281,7 @@ async def start_generator(config: Config, media_folder: Path, name: str) -> Gene
         media_folder=media_folder.resolve(),
         name=name,
         seed=config.run.seed,
+        weights=config.weights,
     )
     return await GeneratorHandle.start(spec, share(config.cluster.generator))
 

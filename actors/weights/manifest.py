@@ -1,156 +1,206 @@
-"""What a policy version is made of on the wire: tensors, the buckets they lie in, and digests of both.
+"""What a policy version is made of on the wire: tensors laid end to end, cut into buckets, with a digest of each.
 
-A manifest travels as MessagePack under a fixed schema; nothing in it is ever unpickled.
+A version has up to two parts: the weights under training, sent anew each time, and the frozen ones, sent once. Each
+part has a manifest of its own. A manifest travels as MessagePack under a fixed schema; nothing in it is ever unpickled.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
+import xxhash
 
-FORMAT = 1
+T = TypeVar("T")
+FORMAT = 2
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DIGEST_BYTES = 16
+ALIGNMENT = 64
+"""Each tensor starts at a multiple of it, and buckets are multiples of it, so that no element lies in two buckets."""
 
 
 class ManifestError(ValueError):
     """The bytes aren't a manifest, or they contradict themselves."""
 
 
+class Part(StrEnum):
+    """What of the policy a manifest describes."""
+
+    TRAINED = "trained"
+    """The weights that training changes, under their checkpoint names."""
+    FROZEN = "frozen"
+    """All others; they never change, so a generator takes them once."""
+    ADAPTER = "adapter"
+    """The matrices of a LoRA adapter, under the names of its own checkpoint."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One parameter: its Hugging Face name and where its bytes lie (row-major, little-endian).
+    """One tensor: its checkpoint name and where its bytes lie (row-major, little-endian).
 
     Attributes:
         name: as in the model's Hugging Face checkpoint.
         dtype: "float32", "bfloat16" or "float16".
         shape: full shape, whatever the trainer's sharding.
-        bucket: index of its bucket.
-        offset: of its first byte in the bucket.
+        offset: of its first byte.
         nbytes: its size.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    bucket: int
     offset: int
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class BucketEntry:
-    """One unit of transfer: its size and the BLAKE2b digest (16 bytes) of its content."""
-
-    nbytes: int
-    digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Manifest:
-    """All tensors of one policy version, bucket by bucket.
+    """All tensors of one part of a policy version.
 
     Attributes:
+        epoch: of the publisher; a later publisher has a greater one.
         version: the policy version.
-        tensors: in the order of their buckets.
-        buckets: in order; bucket i starts at the sum of the sizes before it when they are laid end to end.
+        part: which part of the policy.
+        nbytes: size of the whole.
+        bucket_bytes: size of each bucket but the last: bucket i holds the bytes from i x bucket_bytes on.
+        tensors: in the order of their offsets.
+        digests: XXH3 (128 bits) of each bucket.
+        attributes: JSON that goes with the part (an adapter's configuration), or "".
     """
 
+    epoch: int
     version: int
+    part: Part
+    nbytes: int
+    bucket_bytes: int
     tensors: tuple[TensorEntry, ...]
-    buckets: tuple[BucketEntry, ...]
+    digests: tuple[bytes, ...]
+    attributes: str = ""
 
-    @property
-    def nbytes(self) -> int:
-        """Size of all buckets together."""
-        return sum(bucket.nbytes for bucket in self.buckets)
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """First byte of each bucket when they are laid end to end."""
-        starts, position = [], 0
-        for bucket in self.buckets:
-            starts.append(position)
-            position += bucket.nbytes
-        return tuple(starts)
-
-    @property
-    def digest(self) -> str:
-        """Hex digest of the packed manifest, which names every byte of the version through the buckets' digests."""
-        return content_digest(self.pack()).hex()
-
-    def pack(self) -> bytes:
+    @cached_property
+    def packed(self) -> bytes:
         """The manifest as MessagePack; equal manifests give equal bytes."""
         content = {
             "format": FORMAT,
+            "epoch": self.epoch,
             "version": self.version,
-            "tensors": [[t.name, t.dtype, list(t.shape), t.bucket, t.offset, t.nbytes] for t in self.tensors],
-            "buckets": [[b.nbytes, b.digest] for b in self.buckets],
+            "part": str(self.part),
+            "nbytes": self.nbytes,
+            "bucket_bytes": self.bucket_bytes,
+            "tensors": [[t.name, t.dtype, list(t.shape), t.offset, t.nbytes] for t in self.tensors],
+            "digests": b"".join(self.digests),
+            "attributes": self.attributes,
         }
         packed: bytes = msgpack.packb(content, use_bin_type=True)
         return packed
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex digest (BLAKE2b, 128 bits) of the packed manifest: it stands for every byte, through the buckets'."""
+        return hashlib.blake2b(self.packed, digest_size=16).hexdigest()
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """What makes one version later than another."""
+        return self.epoch, self.version
+
+    def span(self, bucket: int) -> tuple[int, int]:
+        """First byte of a bucket, and the first behind it."""
+        start = bucket * self.bucket_bytes
+        return start, min(start + self.bucket_bytes, self.nbytes)
 
     @classmethod
     def unpack(cls, packed: bytes) -> Manifest:
         """Read and check a manifest.
 
         Raises:
-            ManifestError: it isn't one, or a tensor doesn't fit its shape, its type or its bucket.
+            ManifestError: it isn't one, or a tensor doesn't fit its shape, its type or its place.
         """
         try:
             content: dict[str, Any] = msgpack.unpackb(packed, raw=False, strict_map_key=True)
             if content["format"] != FORMAT:
                 raise ManifestError(f"manifest format {content['format']!r}, but this version reads {FORMAT}")
-            tensors = tuple(
-                TensorEntry(str(name), str(dtype), tuple(map(int, shape)), int(bucket), int(offset), int(nbytes))
-                for name, dtype, shape, bucket, offset, nbytes in content["tensors"]
+            manifest = cls(
+                epoch=exactly(int, content["epoch"]),
+                version=exactly(int, content["version"]),
+                part=Part(content["part"]),
+                nbytes=exactly(int, content["nbytes"]),
+                bucket_bytes=exactly(int, content["bucket_bytes"]),
+                tensors=tuple(map(_entry, exactly(list, content["tensors"]))),
+                digests=tuple(_pieces(exactly(bytes, content["digests"]), DIGEST_BYTES)),
+                attributes=exactly(str, content["attributes"]),
             )
-            buckets = tuple(BucketEntry(int(nbytes), bytes(digest)) for nbytes, digest in content["buckets"])
-            manifest = cls(int(content["version"]), tensors, buckets)
         except (msgpack.UnpackException, KeyError, TypeError, ValueError) as error:
             raise ManifestError(f"not a manifest of weights: {error}") from error
         manifest._check()
         return manifest
 
     def _check(self) -> None:
-        names = {tensor.name for tensor in self.tensors}
-        if len(names) != len(self.tensors):
+        if self.nbytes < 0 or self.bucket_bytes < ALIGNMENT or self.bucket_bytes % ALIGNMENT:
+            raise ManifestError(f"{self.nbytes} bytes in buckets of {self.bucket_bytes}")
+        if len(self.digests) != bucket_count(self.nbytes, self.bucket_bytes):
+            raise ManifestError(f"{len(self.digests)} digests for {self.nbytes} bytes in {self.bucket_bytes} a bucket")
+        if len({tensor.name for tensor in self.tensors}) != len(self.tensors):
             raise ManifestError("a tensor is named twice in the manifest")
+        end = 0
         for tensor in self.tensors:
             size = DTYPE_BYTES.get(tensor.dtype, 0) * prod(tensor.shape)
-            if size != tensor.nbytes or min(tensor.shape, default=1) < 0:
+            if size != tensor.nbytes or min(tensor.shape, default=1) < 0 or tensor.dtype not in DTYPE_BYTES:
                 raise ManifestError(f"{tensor.name}: {tensor.nbytes} bytes for {tensor.dtype}{list(tensor.shape)}")
-            fits = 0 <= tensor.bucket < len(self.buckets) and tensor.offset >= 0
-            if not fits or tensor.offset + tensor.nbytes > self.buckets[tensor.bucket].nbytes:
-                raise ManifestError(f"{tensor.name} lies outside its bucket")
+            if tensor.offset < end or tensor.offset % ALIGNMENT or tensor.offset + size > self.nbytes:
+                raise ManifestError(f"{tensor.name} lies outside its place")
+            end = tensor.offset + size
 
 
-def content_digest(content: bytes | memoryview) -> bytes:
-    """BLAKE2b of 16 bytes."""
-    return hashlib.blake2b(content, digest_size=16).digest()
+def bucket_digest(content: Any) -> bytes:
+    """XXH3 of 128 bits, which runs at the speed of memory. It finds any damage, not an attacker's forgery: against
+    those, the transport authenticates who may send."""
+    digest: bytes = xxhash.xxh3_128_digest(content)
+    return digest
 
 
-def plan_buckets(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]], bucket_bytes: int
-) -> tuple[tuple[TensorEntry, ...], tuple[int, ...]]:
-    """Lay tensors into buckets in their order; one larger than a bucket gets a bucket of its own.
+def bucket_count(nbytes: int, bucket_bytes: int) -> int:
+    """How many buckets hold so many bytes."""
+    return -(-nbytes // bucket_bytes)
+
+
+def plan_layout(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[tuple[TensorEntry, ...], int]:
+    """Lay tensors end to end in their order, each aligned.
 
     Args:
         tensors: name, dtype and shape of each.
-        bucket_bytes: target size of a bucket.
     Returns:
-        The entries, and the size of each bucket.
+        The entries, and the size of the whole.
     """
-    entries: list[TensorEntry] = []
-    sizes: list[int] = []
+    entries, position = [], 0
     for name, dtype, shape in tensors:
+        position = -(-position // ALIGNMENT) * ALIGNMENT
         nbytes = DTYPE_BYTES[dtype] * prod(shape)
-        if not sizes or (sizes[-1] and sizes[-1] + nbytes > bucket_bytes):
-            sizes.append(0)
-        entries.append(TensorEntry(name, dtype, tuple(shape), len(sizes) - 1, sizes[-1], nbytes))
-        sizes[-1] += nbytes
-    return tuple(entries), tuple(sizes)
+        entries.append(TensorEntry(name, dtype, tuple(shape), position, nbytes))
+        position += nbytes
+    return tuple(entries), position
+
+
+def exactly(kind: type[T], value: Any) -> T:
+    """A value of exactly this type: what another type might be converted to, nobody has sent."""
+    if type(value) is not kind:
+        raise TypeError(f"{type(value).__name__} where {kind.__name__} belongs")
+    return value
+
+
+def _entry(fields: Any) -> TensorEntry:
+    name, dtype, shape, offset, nbytes = exactly(list, fields)
+    sizes = tuple(exactly(int, size) for size in exactly(list, shape))
+    return TensorEntry(exactly(str, name), exactly(str, dtype), sizes, exactly(int, offset), exactly(int, nbytes))
+
+
+def _pieces(content: bytes, size: int) -> Iterator[bytes]:
+    if len(content) % size:
+        raise ManifestError(f"{len(content)} bytes of digests, of {size} each")
+    return (content[start : start + size] for start in range(0, len(content), size))

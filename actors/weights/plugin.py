@@ -1,6 +1,6 @@
-"""Entry point of vLLM's plugin system: makes the `zmq` weight-transfer backend known in every vLLM process.
+"""Entry point of vLLM's plugin system: makes our weight-transfer backends known in every vLLM process.
 
-It runs in every vLLM process of the environment, also those of other projects: it only adds a name, lazily.
+It runs in every vLLM process of the environment, also those of other projects: it only adds names, lazily.
 """
 
 from __future__ import annotations
@@ -8,16 +8,23 @@ from __future__ import annotations
 import logging
 
 BACKEND = "zmq"
+NCCL_BACKEND = "counterpoint_nccl"
+IPC_BACKEND = "counterpoint_ipc"
 
 
 def register() -> None:
-    """Register the backend; without vLLM's weight-transfer framework (before 0.26) do nothing."""
+    """Register the backends; without vLLM's weight-transfer framework (before 0.26) do nothing."""
     try:
         from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     except ImportError as error:
         logging.getLogger(__name__).info("this vLLM has no weight-transfer framework: %s", error)
         return
-    try:
-        WeightTransferEngineFactory.register_engine(BACKEND, "actors.weights.engine", "ZmqWeightTransferEngine")
-    except ValueError:
-        logging.getLogger(__name__).debug("weight-transfer backend %r is registered already", BACKEND)
+    for name, module, engine in (
+        (BACKEND, "actors.weights.engine", "ZmqWeightTransferEngine"),
+        (NCCL_BACKEND, "actors.weights.device_engines", "CheckedNcclEngine"),
+        (IPC_BACKEND, "actors.weights.device_engines", "CheckedIpcEngine"),
+    ):
+        try:
+            WeightTransferEngineFactory.register_engine(name, module, engine)
+        except ValueError:
+            logging.getLogger(__name__).debug("weight-transfer backend %r is registered already", name)

@@ -1,227 +1,584 @@
-"""Pulls a policy version from a publisher into a file, checks every bucket, and resumes where it was interrupted."""
+"""The generator's side: gets a policy version by the best way there is, checks every byte, and serves it onward.
+
+The ways, best first: map the memory of a process on the same host that has it; pull what changed since the version
+that is held; pull whole buckets. What has arrived is kept across broken connections, dead sources and failed calls.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
-import os
-import shutil
-import tempfile
 import threading
 import time
-from collections import deque
-from dataclasses import dataclass
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgpack
+import numpy as np
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
-from actors.weights.manifest import Manifest, ManifestError, content_digest
-from actors.weights.offer import WeightsOffer
+from actors.weights.connection import Answer, Connection, GoneError, RefusedError, SilentError
+from actors.weights.manifest import Manifest, ManifestError, Part, bucket_digest
+from actors.weights.memory import Memory, MemoryAddress, NoRoomError, host_identity
+from actors.weights.offer import Keys, PartOffer, WeightsOffer
+from actors.weights.relays import ROOT, Relay
+from actors.weights.server import LOOPBACK, Holding, WeightServer
+from actors.weights.writer import apply_delta
 from rollout.failures import Failure, FailureError, FailureKind
 
 logger = logging.getLogger(__name__)
 
-OUTSTANDING = 3
+WINDOW = 2
+"""Buckets under way at a time: with them, memory beyond the version itself is bounded."""
 MAX_ATTEMPTS = 4
-POLL_MS = 100
-SHARED_MEMORY = Path("/dev/shm")
-REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+"""How often a bucket may arrive damaged from one source."""
+MAX_PATIENCE_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
+class ReceiverSettings:
+    """How a generator receives.
+
+    Attributes:
+        maps_memory: take versions from the memory of processes on the same host.
+        serves: serve what arrived onward to other hosts.
+        listen: address to serve at, as other hosts see it.
+        patience_s: a source that is silent for so long is given up; doubled each time, for slow links.
+        folder: put the memory into files there; by default into memory.
+    """
+
+    maps_memory: bool = True
+    serves: bool = True
+    listen: str = LOOPBACK
+    patience_s: float = 5.0
+    folder: Path | None = None
+
+
+@dataclass(eq=False)
+class ReceivedPart:
+    """One part of a version, whole and checked."""
+
+    holding: Holding
+    is_mapped: bool
+
+    @property
+    def manifest(self) -> Manifest:
+        """What it consists of."""
+        return self.holding.manifest
+
+    @property
+    def path(self) -> str:
+        """Where other processes of this host find its bytes."""
+        return self.holding.memory.path
+
+
+@dataclass(eq=False)
 class ReceivedWeights:
-    """A whole, checked version: its manifest and the file in which its buckets lie end to end."""
+    """A whole, checked version, ready to be loaded.
 
-    manifest: Manifest
-    path: Path
+    Attributes:
+        parts: what has to be loaded, in this order.
+        received_bytes: that came over the network for it.
+        route, source: see :class:`actors.weights.offer.WeightsReceipt`.
+    """
+
+    parts: tuple[ReceivedPart, ...]
+    received_bytes: int
+    route: str
+    source: str
 
 
-class _Partial:
-    """A version of which some buckets have arrived."""
+@dataclass(eq=False)
+class _Own:
+    """What this process holds of one part in memory of its own.
 
-    def __init__(self, manifest: Manifest, digest: str, folder: Path) -> None:
-        self.manifest = manifest
-        self.digest = digest
-        self.path = folder / f"version-{manifest.version}-{digest[:12]}"
-        self.missing = set(range(len(manifest.buckets)))
-        self._starts = manifest.starts
-        with open(self.path, "wb") as file:
-            file.truncate(max(1, manifest.nbytes))
-        with open(self.path, "r+b") as file:
-            self._map = mmap.mmap(file.fileno(), 0)
+    Attributes:
+        holding: the part, perhaps not whole yet.
+        found: digest of what lies in each bucket, and of the manifest it came with; None where nothing useful does.
+    """
 
-    def accept(self, index: int, content: memoryview) -> bool:
-        """Take a bucket where size and digest agree."""
-        expected = self.manifest.buckets[index]
-        if len(content) != expected.nbytes or content_digest(content) != expected.digest:
-            return False
-        self._map[self._starts[index] : self._starts[index] + expected.nbytes] = bytes(content)
-        self.missing.discard(index)
-        return True
+    holding: Holding
+    found: list[tuple[bytes, str] | None]
 
-    def close(self) -> None:
-        self._map.close()
-        self.path.unlink(missing_ok=True)
+
+@dataclass(eq=False)
+class _Traffic:
+    received_bytes: int = 0
+    encodings: Counter[str] = field(default_factory=Counter)
+    source: str = ROOT
+    is_mapped: bool = False
+
+    @property
+    def route(self) -> str:
+        if self.is_mapped:
+            return "memory"
+        return "delta" if self.encodings["delta"] > self.encodings["full"] else "network"
 
 
 class WeightReceiver:
-    """The generator's side. Keeps what has arrived of a version until it is whole or another is offered."""
+    """Receives versions, one at a time. Blocking; call it from a thread."""
 
-    def __init__(self, *, retry_s: float = 5.0, folder: Path | None = None) -> None:
-        """Args:
-        retry_s: a bucket that hasn't arrived after so long is asked for again.
-        folder: where versions are assembled; by default shared memory where there is room, else the temporary folder.
-        """
-        self._retry_s = retry_s
-        self._given_folder = folder
-        self._folder: Path | None = None
-        self._partial: _Partial | None = None
+    def __init__(self, name: str = "generator", settings: ReceiverSettings = ReceiverSettings()) -> None:
+        self.name = name
+        self.settings = settings
         self._busy = threading.Lock()
+        self._context = zmq.Context()
+        self._root: Connection | None = None
+        self._root_of: tuple[str, bytes, Keys | None] = ("", b"", None)
+        self._server: WeightServer | None = None
+        self._server_keys: Keys | None = None
+        self._own: dict[Part, _Own] = {}
+        self._older: dict[Part, _Own] = {}  # the version before, where it couldn't be written over
+        self._mapped: dict[Part, tuple[MemoryAddress, Memory]] = {}
+        self._loaded: set[str] = set()
+        self._newest = (-1, -1)
+        self._host = host_identity() if settings.maps_memory else f"apart:{id(self)}:{time.time_ns()}"
 
-    def receive(self, offer: WeightsOffer, deadline_s: float) -> ReceivedWeights:
-        """Pull a version; blocks. The file stays until the next call with another version, or :meth:`close`.
+    def receive(self, offer: WeightsOffer, deadline_s: float, *, anew: bool = False) -> ReceivedWeights:
+        """Get a version. Its memory stays as it is until :meth:`loaded`, or the next call.
 
+        Args:
+            offer: what to get, and where.
+            deadline_s: for all of it.
+            anew: forget all that was received before: every part, whole.
         Raises:
-            FailureError: INFRASTRUCTURE with reason `weights_refused` (keys), `weights_timeout` (silent publisher),
-                `weights_corrupt` (a digest disagreed again and again) or `weights_gone` (no longer served).
+            FailureError: INFRASTRUCTURE with reason `weights_superseded` (older than what was received already),
+                `weights_refused` (keys), `weights_timeout` (silent sources), `weights_corrupt` (damaged again and
+                again), `weights_gone` (no longer served) or `weights_no_room` (neither memory nor disk).
         """
-        until = time.monotonic() + deadline_s
-        with self._busy, contextlib.closing(_Pull(offer, until, deadline_s, self._retry_s)) as pull:
-            partial = self._partial
-            if partial is None or partial.digest != offer.manifest_digest:
-                manifest = pull.manifest()
-                if manifest.version != offer.version:
-                    raise pull.failure("weights_corrupt", f"its manifest says version {manifest.version}")
+        with self._busy:
+            if offer.order < self._newest:
+                why = f"policy version {offer.version} is older than version {self._newest[1]}, which is here already"
+                raise _failure("weights_superseded", why)
+            if anew:
                 self._forget()
-                partial = self._partial = _Partial(manifest, offer.manifest_digest, self._room(manifest.nbytes))
-            pull.buckets(partial)
-        return ReceivedWeights(partial.manifest, partial.path)
+            pull = _Pull(self, offer, time.monotonic() + deadline_s, deadline_s, checks_all=anew)
+            try:
+                parts = [self._obtain(part, pull) for part in offer.parts if self._is_wanted(part)]
+            except NoRoomError as error:
+                raise pull.failure("weights_no_room", str(error)) from error
+            self._newest = offer.order
+            traffic = pull.traffic
+            return ReceivedWeights(tuple(parts), traffic.received_bytes, traffic.route, traffic.source)
+
+    def loaded(self, received: ReceivedWeights) -> None:
+        """The engine has loaded it: give leases back; frozen weights needn't come again."""
+        with self._busy:
+            for part in received.parts:
+                if part.manifest.part is Part.FROZEN:
+                    self._loaded.add(part.manifest.digest)
+                if part.is_mapped:
+                    part.holding.memory.unclaim()
+
+    def forget_loaded(self) -> None:
+        """The engine has lost its weights: everything has to come again."""
+        with self._busy:
+            self._forget()
 
     def close(self) -> None:
-        """Remove everything that was received."""
-        self._forget()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        """Give up everything that was received."""
+        with self._busy:
+            self._forget()
+            if self._server is not None:
+                self._server.stop()
+                self._server = None
+            if self._root is not None:
+                self._root.close()
+                self._root = None
+            self._context.destroy(linger=0)
+
+    @property
+    def served_bytes(self) -> int:
+        """What this process has sent onward."""
+        return 0 if self._server is None else self._server.egress_bytes
+
+    def _is_wanted(self, part: PartOffer) -> bool:
+        return part.part is not Part.FROZEN or part.digest not in self._loaded
 
     def _forget(self) -> None:
-        if self._partial is not None:
-            self._partial.close()
-            self._partial = None
+        for own in (*self._own.values(), *self._older.values()):
+            self._unserve(own)
+        self._own.clear()
+        self._older.clear()
+        for _, memory in self._mapped.values():
+            memory.close()
+        self._mapped.clear()
+        self._loaded.clear()
 
-    def _room(self, nbytes: int) -> Path:
-        if self._folder is None:
-            parent = self._given_folder
-            if parent is None and SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK):
-                parent = SHARED_MEMORY if shutil.disk_usage(SHARED_MEMORY).free > 2 * nbytes else None
-            self._folder = Path(tempfile.mkdtemp(prefix="counterpoint-weights-", dir=parent))
-        return self._folder
+    def _unserve(self, own: _Own) -> None:
+        if self._server is not None:
+            self._server.drop(own.holding.manifest.digest)
+
+    def root(self, offer: WeightsOffer) -> Connection:
+        """The connection to the publisher; kept from version to version."""
+        wanted = (offer.endpoint, offer.server_key, offer.keys)
+        if self._root is not None and self._root_of != wanted:
+            self._root.close()
+            self._root = None
+        if self._root is None:
+            self._root = Connection(self._context, offer.endpoint, offer.server_key, offer.keys)
+            self._root_of = wanted
+        return self._root
+
+    def connect(self, relay: Relay, offer: WeightsOffer) -> Connection:
+        """A connection to another generator."""
+        return Connection(self._context, relay.endpoint, relay.server_key.encode(), offer.keys)
+
+    def member(self, offer: WeightsOffer) -> Relay:
+        """How this process is known in the tree; starts serving if it is to serve, to those who have the same keys."""
+        if self._server is not None and self._server_keys != offer.keys:
+            self._server.stop()
+            self._server = None
+        if self._server is None and self.settings.serves:
+            self._server = WeightServer(host=self.settings.listen, keys=offer.keys)
+            self._server_keys = offer.keys
+        if self._server is None:
+            return Relay(self.name, self._host, "", "")
+        return Relay(self.name, self._host, self._server.endpoint, self._server.server_key.decode())
+
+    def _obtain(self, part: PartOffer, pull: _Pull) -> ReceivedPart:
+        own = self._own.get(part.part)
+        if own is not None and own.holding.manifest.digest == part.digest and not own.holding.missing:
+            return ReceivedPart(own.holding, is_mapped=False)
+        if own is not None and own.holding.manifest.digest == part.digest:
+            manifest = own.holding.manifest
+        else:
+            manifest = pull.manifest(part.digest)
+        if self.settings.maps_memory and self._host == pull.offer.host:
+            holding = self._map_from(pull.root, ROOT, manifest, pull)
+            if holding is not None:
+                pull.done(manifest.digest)
+                return ReceivedPart(holding, is_mapped=True)
+        return self._pull_part(manifest, pull)
+
+    def _pull_part(self, manifest: Manifest, pull: _Pull) -> ReceivedPart:
+        """Over the network, or from another generator's memory on this host; a source that fails is replaced."""
+        member, lost = self.member(pull.offer), None
+        while True:
+            source = pull.source(manifest.digest, member, lost)
+            try:
+                if source is None:
+                    pull.buckets(self._prepare(manifest), pull.root, ROOT, self._arrived)
+                    break
+                with contextlib.closing(self.connect(source, pull.offer)) as connection:
+                    holding = None
+                    if self.settings.maps_memory and source.host == self._host:
+                        holding = self._map_from(connection, source.name, manifest, pull)
+                    if holding is None:
+                        pull.buckets(self._prepare(manifest), connection, source.name, self._arrived)
+                    pull.done(manifest.digest, connection)
+                if holding is not None:
+                    pull.done(manifest.digest)
+                    return ReceivedPart(holding, is_mapped=True)
+                break
+            except _SourceLostError as error:
+                logger.info("%s: %s no longer serves version %d: %s", self.name, error.name, manifest.version, error)
+                lost = error.name
+        pull.done(manifest.digest)
+        return ReceivedPart(self._own[manifest.part].holding, is_mapped=False)
+
+    def _arrived(self) -> None:
+        if self._server is not None:
+            self._server.arrived()
+
+    def _map_from(self, connection: Connection, name: str, manifest: Manifest, pull: _Pull) -> Holding | None:
+        """The memory of a process of this host, once it has all of it; None where there is none to be had.
+
+        Raises:
+            _SourceLostError: this generator doesn't answer.
+        """
+        address = pull.address(connection, name, manifest.digest)
+        holding = None if address is None else self._map(manifest, address, checks_all=pull.checks_all)
+        if holding is None:
+            return None
+        pull.traffic.is_mapped, pull.traffic.source = True, name
+        own = self._own.pop(manifest.part, None)
+        if own is not None:  # memory of its own isn't needed any more
+            self._unserve(own)
+            own.holding.memory.close()
+        return holding
+
+    def _prepare(self, manifest: Manifest) -> _Own:
+        """Memory for a version, with what is there of it already: an interrupted pull, or buckets that didn't change.
+
+        The version before is written over, unless somebody pulls or maps it.
+        """
+        before = self._own.get(manifest.part)
+        if before is not None and before.holding.manifest.digest == manifest.digest:
+            return before
+        fits = before is not None and _fits(before.holding.manifest, manifest)
+        memory = before.holding.memory if before is not None and fits and self._is_free(before) else None
+        found: list[tuple[bytes, str] | None] = list(before.found) if before is not None and fits else []
+        if memory is None:
+            memory = Memory.create(manifest.nbytes, self.settings.folder)
+            memory.try_claim()
+            if before is not None and fits:
+                _copy_found(before, memory)
+        found = found or [None] * len(manifest.digests)
+        missing = set()
+        for index, digest in enumerate(manifest.digests):
+            there = found[index]
+            if there is not None and there[0] == digest:
+                found[index] = (digest, manifest.digest)
+            else:
+                missing.add(index)
+        memory.clear_checked()
+        if not missing:
+            memory.unclaim()
+        self._retire(manifest.part, before, is_written_over=before is not None and before.holding.memory is memory)
+        own = self._own[manifest.part] = _Own(Holding(manifest, memory, missing), found)
+        if self._server is not None:
+            self._server.hold(own.holding)
+        return own
+
+    def _retire(self, part: Part, before: _Own | None, *, is_written_over: bool) -> None:
+        """There is a later version: the one before is served until the next one, if somebody is still pulling it."""
+        older = self._older.pop(part, None)
+        if older is not None:
+            self._unserve(older)
+        if before is None:
+            return
+        if is_written_over or not self._is_pulled(before):
+            self._unserve(before)
+        else:
+            self._older[part] = before
+
+    def _is_pulled(self, own: _Own) -> bool:
+        return self._server is not None and self._server.is_pulled(own.holding.manifest.digest)
+
+    def _is_free(self, own: _Own) -> bool:
+        """Whether nobody pulls or maps it; then it is claimed."""
+        return not self._is_pulled(own) and own.holding.memory.try_claim()
+
+    def _map(self, manifest: Manifest, address: MemoryAddress, *, checks_all: bool) -> Holding | None:
+        """Another process's memory, leased and checked; None where it can't be had or holds something else."""
+        kept = self._mapped.get(manifest.part)
+        memory = kept[1] if kept is not None and kept[0] == address and kept[1].try_lease() else None
+        if memory is None:
+            if kept is not None:
+                kept[1].close()
+                del self._mapped[manifest.part]
+            memory = Memory.open(address)
+            if memory is None:
+                return None
+            self._mapped[manifest.part] = (address, memory)
+        holding = Holding(manifest, memory)
+        if memory.nbytes == manifest.nbytes and self._check(holding, checks_all):
+            return holding
+        logger.warning("%s: shared memory doesn't hold version %d", self.name, manifest.version)
+        memory.unclaim()
+        return None
+
+    def _check(self, holding: Holding, checks_all: bool) -> bool:
+        """Whether mapped memory has the digests that the manifest names.
+
+        Readers of one host share the work: what another has checked, under a lease like this one's, isn't read again,
+        unless something is wrong (`checks_all`).
+        """
+        digests, memory = holding.manifest.digests, holding.memory
+        start = zlib.crc32(self.name.encode()) % max(1, len(digests))  # each begins somewhere else
+        for index in (*range(start, len(digests)), *range(start)):
+            if not checks_all and memory.is_checked(index, digests[index]):
+                continue
+            if bucket_digest(holding.content(index)) != digests[index]:
+                return False
+            memory.mark_checked(index, digests[index])
+        return True
+
+
+class _SourceLostError(Exception):
+    """A relay is dead, silent, or serves damage."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(why)
+        self.name = name
 
 
 class _Pull:
-    """One connection to a publisher, with its deadline."""
+    """One call of :meth:`WeightReceiver.receive`: its deadline, its connection to the publisher, what it has moved."""
 
-    def __init__(self, offer: WeightsOffer, until: float, deadline_s: float, retry_s: float) -> None:
-        self._offer = offer
+    def __init__(
+        self, receiver: WeightReceiver, offer: WeightsOffer, until: float, deadline_s: float, *, checks_all: bool
+    ) -> None:
+        self.offer = offer
+        self.checks_all = checks_all
+        self.root = receiver.root(offer)
+        self.traffic = _Traffic()
         self._until = until
         self._deadline_s = deadline_s
-        self._retry_s = retry_s
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.IPV6, 1)
-        self._socket.curve_serverkey = offer.server_public_key
-        self._socket.curve_publickey = offer.client_public_key
-        self._socket.curve_secretkey = offer.client_secret_key
-        self._monitor = self._socket.get_monitor_socket(REFUSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
-        self._socket.connect(offer.endpoint)
+        self._patience_s = receiver.settings.patience_s
+        self._serves = receiver.settings.serves
 
-    def close(self) -> None:
-        self._socket.disable_monitor()
-        self._context.destroy(linger=0)
-
-    def manifest(self) -> Manifest:
-        """Ask until a manifest with the offered digest arrives."""
+    def manifest(self, digest: str) -> Manifest:
+        """Ask the publisher until a manifest with the offered digest arrives."""
         for _ in range(MAX_ATTEMPTS):
-            self._ask("manifest", 0)
-            content = self._wait("manifest", {0: time.monotonic()})[1]
-            if content_digest(content).hex() == self._offer.manifest_digest:
-                try:
-                    return Manifest.unpack(bytes(content))
-                except ManifestError as error:
-                    raise self.failure("weights_corrupt", str(error)) from error
-            logger.warning("manifest of version %d arrived with a wrong digest; asking again", self._offer.version)
+            answer = self._ask_root("manifest", digest)
+            try:
+                manifest = Manifest.unpack(bytes(answer.payload))
+            except ManifestError as error:
+                logger.warning("the manifest of version %d arrived damaged: %s", self.offer.version, error)
+                continue
+            if manifest.digest == digest:
+                return manifest
+            logger.warning("the manifest of version %d arrived with a wrong digest", self.offer.version)
         raise self.failure("weights_corrupt", "its manifest never had the digest that was offered")
 
-    def buckets(self, partial: _Partial) -> None:
-        """Fill in what is missing, a few buckets under way at a time."""
-        waiting = deque(sorted(partial.missing))
-        attempts = dict.fromkeys(waiting, 0)
-        asked: dict[int, float] = {}
-        while partial.missing:
-            while waiting and len(asked) < OUTSTANDING:
-                index = waiting.popleft()
-                self._ask("bucket", index)
-                asked[index] = time.monotonic()
-            index, content = self._wait("bucket", asked)
-            asked.pop(index, None)
-            if index not in partial.missing or partial.accept(index, content):
-                continue
-            attempts[index] += 1
-            logger.warning(
-                "bucket %d of version %d arrived with a wrong digest; asking again", index, self._offer.version
-            )
-            if attempts[index] >= MAX_ATTEMPTS:
-                raise self.failure("weights_corrupt", f"bucket {index} had a wrong digest {MAX_ATTEMPTS} times")
-            waiting.appendleft(index)
-
-    def _ask(self, operation: str, index: int) -> None:
-        request = {"op": operation, "digest": self._offer.manifest_digest, "index": index}
-        with contextlib.suppress(zmq.Again):  # the queue to a publisher that is away is full: asked again later
-            self._socket.send(msgpack.packb(request), flags=zmq.NOBLOCK)
-
-    def _wait(self, operation: str, asked: dict[int, float]) -> tuple[int, memoryview]:
-        """The next answer; what has been asked for too long ago is asked for again meanwhile."""
-        while True:
-            now = time.monotonic()
-            if now >= self._until:
-                raise self.failure("weights_timeout", f"the publisher didn't deliver within {self._deadline_s:g} s")
-            self._check_refused()
-            for index, since in asked.items():
-                if now - since > self._retry_s:
-                    self._ask(operation, index)
-                    asked[index] = now
-            if not self._socket.poll(min(POLL_MS, 1 + int((self._until - now) * 1000))):
-                continue
-            header, payload = self._receive()
-            if header.get("digest") != self._offer.manifest_digest or header.get("op") != operation:
-                continue
-            if "error" in header:
-                raise self.failure("weights_gone", str(header["error"]))
-            answered = header.get("index")
-            if isinstance(answered, int) and answered in asked:
-                return answered, payload
-
-    def _receive(self) -> tuple[dict[str, Any], memoryview]:
-        frames = self._socket.recv_multipart(copy=False)
+    def source(self, digest: str, member: Relay, lost: str | None) -> Relay | None:
+        """Whom to pull from; None for the publisher."""
+        fields = {"member": [member.name, member.host, member.endpoint, member.server_key], "lost": lost}
+        told = self._ask_root("sources", digest, **fields).header.get("source")
         try:
-            head, payload = frames
-            header = msgpack.unpackb(head.buffer, raw=False)
-            return (header, payload.buffer) if isinstance(header, dict) else ({}, memoryview(b""))
-        except (msgpack.UnpackException, ValueError):
-            return {}, memoryview(b"")
+            return None if told is None else Relay(*map(str, told))
+        except TypeError as error:
+            raise self.failure("weights_corrupt", f"its publisher named a source {told!r}") from error
 
-    def _check_refused(self) -> None:
-        while self._monitor.poll(0):
-            event = recv_monitor_message(self._monitor)["event"]
-            if event & REFUSED:
-                raise self.failure("weights_refused", "it refused this run's keys")
+    def address(self, connection: Connection, name: str, digest: str) -> MemoryAddress | None:
+        """Where a server's memory of a version is, once it has all of it; None where it doesn't say.
+
+        Raises:
+            _SourceLostError: this generator doesn't answer.
+            FailureError: the publisher doesn't, and time is up; or it refuses this run's keys.
+        """
+        try:
+            while True:
+                connection.ask("memory", digest)
+                with contextlib.suppress(SilentError):
+                    answer = connection.answer("memory", digest, self._patient_until())
+                    return MemoryAddress.of_fields(answer.header["memory"])
+                connection.ask("manifest", digest)  # while it is still pulling, it answers that at once
+                connection.answer("manifest", digest, self._patient_until())
+        except SilentError:
+            self._silent(connection, name)
+        except RefusedError as error:
+            raise self._refused(name, error) from error
+        except (GoneError, KeyError, TypeError, ValueError) as error:
+            logger.info("no memory of version %d to be mapped: %r", self.offer.version, error)
+        return None
+
+    def done(self, digest: str, connection: Connection | None = None) -> None:
+        """Tell a source, or the publisher, that nothing more is needed of it."""
+        (connection or self.root).ask("done", digest)
+
+    def buckets(self, own: _Own, connection: Connection, name: str, arrived: Callable[[], None]) -> None:
+        """Fill in what is missing, a few buckets under way at a time.
+
+        Raises:
+            _SourceLostError: this relay doesn't serve any more.
+            FailureError: the publisher doesn't, or time is up.
+        """
+        digest = own.holding.manifest.digest
+        self.traffic.source = name
+        waiting = deque(sorted(own.holding.missing))
+        attempts: Counter[int] = Counter()
+        asked: set[int] = set()
+        while own.holding.missing:
+            while waiting and len(asked) < WINDOW:
+                index = waiting.popleft()
+                there = own.found[index]
+                connection.ask("bucket", digest, index=index, base="" if there is None else there[1])
+                asked.add(index)
+            try:
+                answer = connection.answer("bucket", digest, self._patient_until())
+            except SilentError:
+                self._silent(connection, name)
+                waiting.extendleft(sorted(asked, reverse=True))
+                asked.clear()
+                continue
+            except RefusedError as error:
+                raise self._refused(name, error) from error
+            except GoneError as error:
+                if name == ROOT:
+                    raise self.failure("weights_gone", str(error)) from error
+                raise _SourceLostError(name, str(error)) from error
+            asked.discard(answer.index)
+            if answer.index not in own.holding.missing:
+                continue
+            if self._accept(own, answer):
+                arrived()
+                continue
+            attempts[answer.index] += 1
+            own.found[answer.index] = None  # next time whole
+            logger.warning("bucket %d of version %d arrived damaged", answer.index, self.offer.version)
+            if attempts[answer.index] >= MAX_ATTEMPTS:
+                why = f"bucket {answer.index} was damaged {MAX_ATTEMPTS} times"
+                if name == ROOT:
+                    raise self.failure("weights_corrupt", why)
+                raise _SourceLostError(name, why)
+            waiting.appendleft(answer.index)
+
+    def _accept(self, own: _Own, answer: Answer) -> bool:
+        """Take a bucket whose content has the digest that the manifest names; leave everything as it was otherwise."""
+        manifest, index = own.holding.manifest, answer.index
+        place = own.holding.content(index)
+        encoding = str(answer.header.get("encoding"))
+        content: Any = answer.payload
+        if encoding == "delta":
+            try:
+                content = apply_delta(answer.payload, np.frombuffer(place, dtype=np.uint8))
+            except ValueError:
+                return False
+        if len(content) != len(place) or bucket_digest(content) != manifest.digests[index]:
+            return False
+        place[:] = memoryview(content)
+        self.traffic.received_bytes += len(answer.payload)
+        self.traffic.encodings[encoding] += 1
+        before = own.found[index]
+        if encoding == "delta" and before is not None and self._serves:
+            own.holding.deltas.setdefault(before[1], {})[index] = bytes(answer.payload)
+        own.found[index] = (manifest.digests[index], manifest.digest)
+        if own.holding.missing == {index}:
+            own.holding.memory.unclaim()  # before others are told that it is whole
+        own.holding.missing.discard(index)
+        return True
+
+    def _ask_root(self, operation: str, digest: str, **fields: object) -> Answer:
+        while True:
+            self.root.ask(operation, digest, **fields)
+            try:
+                return self.root.answer(operation, digest, self._patient_until())
+            except SilentError:
+                self._silent(self.root, ROOT)
+            except RefusedError as error:
+                raise self._refused(ROOT, error) from error
+            except GoneError as error:
+                raise self.failure("weights_gone", str(error)) from error
+
+    def _patient_until(self) -> float:
+        return min(self._until, time.monotonic() + self._patience_s)
+
+    def _silent(self, connection: Connection, name: str) -> None:
+        """Nothing came in time: a relay is given up, the publisher gets another connection and more time."""
+        if time.monotonic() >= self._until:
+            who = f"generator {name}" if name != ROOT else "the publisher"
+            raise self.failure("weights_timeout", f"{who} didn't deliver within {self._deadline_s:g} s")
+        if name != ROOT:
+            raise _SourceLostError(name, f"nothing came for {self._patience_s:g} s")
+        self._patience_s = min(2 * self._patience_s, MAX_PATIENCE_S)
+        connection.reconnect()
+
+    def _refused(self, name: str, error: RefusedError) -> Exception:
+        """A relay that refuses this run's keys is another run's, at the address of one that has ended."""
+        return self.failure("weights_refused", str(error)) if name == ROOT else _SourceLostError(name, str(error))
 
     def failure(self, reason: str, why: str) -> FailureError:
         """What went wrong with this offer."""
-        message = f"weights of policy version {self._offer.version} from {self._offer.endpoint}: {why}"
-        return FailureError(Failure(FailureKind.INFRASTRUCTURE, reason, message))
+        return _failure(reason, f"weights of policy version {self.offer.version} from {self.offer.endpoint}: {why}")
+
+
+def _failure(reason: str, message: str) -> FailureError:
+    return FailureError(Failure(FailureKind.INFRASTRUCTURE, reason, message))
+
+
+def _fits(before: Manifest, after: Manifest) -> bool:
+    return (before.nbytes, before.bucket_bytes) == (after.nbytes, after.bucket_bytes)
+
+
+def _copy_found(before: _Own, memory: Memory) -> None:
+    """What an old version's buckets hold, into new memory: unchanged ones stay, deltas start from the others."""
+    for index, there in enumerate(before.found):
+        if there is not None:
+            start, end = before.holding.manifest.span(index)
+            memory.view[start:end] = before.holding.content(index)

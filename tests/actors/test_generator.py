@@ -20,12 +20,12 @@ import pytest_asyncio
 import torch
 from PIL import Image
 
-from actors.config import DeadlineConfig, GeneratorConfig, ModelConfig
+from actors.config import DeadlineConfig, GeneratorConfig, ModelConfig, WeightsConfig
 from actors.generator import Generator, GeneratorSpec, ratio_bias_warnings, sequence_seed
 from actors.vllm_engine import engine_environment
 from actors.weights.offer import WeightsOffer
 from actors.weights.publisher import WeightPublisher
-from actors.weights.source import WeightSource
+from actors.weights.source import WeightSource, module_tensors
 from rollout.config import SamplingConfig
 from rollout.encoding import PromptEncoder
 from rollout.failures import Failure, FailureError, FailureKind
@@ -58,9 +58,7 @@ class Policy:
         return self.publish()
 
     def publish(self) -> WeightsOffer:
-        snapshot = self.source.snapshot(self.version, keep=True)
-        assert snapshot is not None
-        return self.publisher.publish(snapshot)
+        return self.publisher.publish(self.version, self.source)
 
 
 @dataclass
@@ -122,12 +120,13 @@ async def start(folder: Path, root: Path) -> Setup:
     os.environ.update(engine_environment(config))
     model = ModelConfig(path=folder, precision="float32", max_length=MAX_LENGTH)
     deadlines = DeadlineConfig(sync_s=5.0, stop_s=10.0)
-    generator = Generator(GeneratorSpec(model, config, deadlines, media.folder, weights_folder=root))
+    weights = WeightsConfig(canaries=0, patience_s=1.0)
+    generator = Generator(GeneratorSpec(model, config, deadlines, media.folder, weights=weights))
     await generator.ready()
     module = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    source = WeightSource(module, precision="float32", bucket_bytes=300_000)
+    source = WeightSource(module_tensors(module, "float32"), gather_bytes=300_000)
     encoder = PromptEncoder.from_pretrained(folder, media)
-    return Setup(generator, Policy(module, source, WeightPublisher()), encoder, media)
+    return Setup(generator, Policy(module, source, WeightPublisher(bucket_bytes=64 << 10)), encoder, media)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -146,7 +145,7 @@ async def test_trainer_and_generator_agree_before_and_after_updates(setup: Setup
     for _ in range(2):
         offer = setup.policy.perturb()
         receipt = await setup.generator.load_weights(offer)
-        assert (receipt.version, receipt.digest) == (offer.version, offer.manifest_digest)
+        assert (receipt.version, receipt.digest) == (offer.version, offer.trained.digest)
         await assert_agreement(setup)
 
 
@@ -202,11 +201,11 @@ async def test_a_publisher_that_vanishes_leaves_the_generator_on_its_old_version
 async def test_a_half_loaded_generator_serves_nothing_until_a_version_is_loaded(setup: Setup):
     module = setup.policy.module
     module.register_parameter("stranger", torch.nn.Parameter(torch.ones(3)))
-    odd = WeightSource(module, precision="float32", bucket_bytes=300_000).snapshot(999, keep=True)
-    del module.stranger
-    assert odd is not None
+    odd = WeightSource(module_tensors(module, "float32"), gather_bytes=300_000)
+    setup.policy.version += 1
     with pytest.raises(FailureError) as caught:
-        await setup.generator.load_weights(setup.policy.publisher.publish(odd))
+        await setup.generator.load_weights(setup.policy.publisher.publish(setup.policy.version, odd))
+    del module.stranger
     assert caught.value.failure.reason == "weights_not_loaded"
     refused = await setup.generator.generate(setup.prompt("still there?"), 1, LOOSE, 0, "stale")
     assert isinstance(refused, Failure)
@@ -306,7 +305,6 @@ async def test_untied_embeddings_agree_after_an_update_too_and_stopping_leaves_n
         await setup.generator.stop()
         setup.policy.publisher.stop()
     assert not started & engine_processes()
-    assert not list(root.glob("counterpoint-weights-*"))
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actors.weights.offer import WeightsOffer, WeightsReceipt
+from actors.weights.canary import Canaries, CanaryReport, CanarySequence, compare_canaries
+from actors.weights.manifest import Part
+from actors.weights.offer import PartOffer, WeightsOffer, WeightsReceipt
 from orchestrator.fleet import GeneratorFleet
 from orchestrator.scorer import Scorer
 from rollout.config import SamplingConfig
@@ -34,7 +36,14 @@ def prompt_set(count: int) -> PromptSet:
 
 def offer(version: int) -> WeightsOffer:
     """A version to load."""
-    return WeightsOffer(version, "inproc://here", b"", b"", b"", f"digest-{version}", 100)
+    part = PartOffer(Part.TRAINED, f"digest-{version}", 100)
+    return WeightsOffer(1, version, "inproc://here", b"", None, (part,))
+
+
+def canaries(version: int) -> Canaries:
+    """What a generator of that version must reproduce."""
+    sequence = CanarySequence(prompt("canary"), np.zeros(2, np.int32), np.zeros(2, np.float32))
+    return Canaries(version, (sequence,), tolerance_nats=1e-3)
 
 
 def completion(text: str, version: int = 0, tokens: int = 2, log_prob: float = -1.0) -> Completion:
@@ -68,6 +77,13 @@ class Generator:
         self.refused: dict[str, Failure] = {}
         """Text of a prompt and what the generator says about it."""
         self.refuses_loads = 0
+        self.refusal = "weights_not_loaded"
+        self.loads_anew: list[bool] = []
+        self.proofs: list[int] = []
+        self.naps: list[int] = []
+        self.error_nats = 0.0
+        """By which its log-probabilities are off."""
+        self.is_cured_by_resending = True
         self.loading = asyncio.Event()
         self.loading.set()
         self.death: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -100,14 +116,26 @@ class Generator:
         completions = tuple(completion(f"{text}-{index}", self.version) for index in range(n))
         return Generation(PROMPT_TOKENS, completions, self.name, 0.0)
 
-    async def load_weights(self, offer: WeightsOffer) -> WeightsReceipt:
+    async def load_weights(self, offer: WeightsOffer, *, anew: bool = False) -> WeightsReceipt:
         await self._alive_until(self.loading)
         if self.refuses_loads:
             self.refuses_loads -= 1
-            raise infrastructure("weights_not_loaded")
+            raise infrastructure(self.refusal)
         self.version = offer.version
         self.loads.append(offer.version)
-        return WeightsReceipt(offer.version, offer.manifest_digest, 0.1, 0.2, 0.3)
+        self.loads_anew.append(anew)
+        corrected = ("layers.0.qkv_proj.weight",) if anew and self.error_nats else ()
+        if anew and self.is_cured_by_resending:
+            self.error_nats = 0.0
+        return WeightsReceipt(offer.version, offer.trained.digest, 0.1, 0.2, 0.3, corrected=corrected)
+
+    async def verify(self, canaries: Canaries) -> CanaryReport:
+        self.proofs.append(canaries.version)
+        return compare_canaries(canaries, [s.log_probs + self.error_nats for s in canaries.sequences])
+
+    async def sleep(self, level: int) -> None:
+        self.naps.append(level)
+        await self._alive_until(self.gate)
 
     async def stop(self) -> None:
         self.is_stopped = True
@@ -180,6 +208,8 @@ class Policy:
         self.updates: list[list[TrainingSample]] = []
         self.acts: list[str] = []
         self.raises: dict[str, Exception] = {}
+        self.different: list[str] = []
+        """Tensors that aren't what was published."""
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -200,6 +230,12 @@ class Policy:
     async def publish(self, version: int) -> WeightsOffer:
         self._act(f"publish {version}")
         return offer(version)
+
+    async def canaries(self, prompts: Sequence[Prompt], version: int) -> Canaries:
+        return canaries(version)
+
+    async def unpublished(self) -> list[str]:
+        return self.different
 
     async def save(self, folder: Path) -> None:
         self._act("save")

@@ -45,6 +45,7 @@ def test_the_plain_configuration_works_without_warnings() -> None:
     ("changes", "reason"),
     [
         ([("trainer.micro_batch_tokens", 512)], "can't hold one sample of model.max_length (1,024 tokens)"),
+        ([("model.lora", {}), ("model.freeze.language_model", True)], "adapters sit in the language model"),
         ([("rollout.sampling.max_tokens", 1024)], "leaves no room for a prompt"),
         ([("evaluation.sampling", {"max_tokens": 1024})], "evaluation.sampling.max_tokens = 1024 leaves no room"),
         ([("rollout.sampling.min_tokens", 513)], "no completion could end"),
@@ -111,6 +112,11 @@ def test_the_plain_configuration_works_without_warnings() -> None:
         ([("reward.components", [{"function": "exact", "weight": 0.0}])], "every reward is 0"),
         ([("reward.components", [{"function": "exact"}, {"function": "exact"}])], "names exact twice"),
         ([("cluster.generator.gpus", 1), ("generator.tensor_parallel", 2)], "needs its own GPU"),
+        ([("weights", {"encryption": False, "listen": "node"})], "in the clear"),
+        ([("weights", {"recompute_cache": True, "in_flight": "wait"})], "nothing to recompute"),
+        ([("generator.sleep_level", 2), ("rollout.max_staleness", 1)], "wants them to generate meanwhile"),
+        ([("weights", {"backend": "ipc", "listen": "node"})], "shares GPU memory between processes of one host"),
+        ([("weights.backend", "nccl"), ("model.lora", {"rank": 8})], "loads from a folder"),
     ],
 )
 def test_an_impossible_combination_is_refused_with_the_reason(changes: list[tuple[str, Any]], reason: str) -> None:
@@ -124,6 +130,7 @@ def test_an_impossible_combination_is_refused_with_the_reason(changes: list[tupl
         ([("rollout.sampling.top_k", 50)], "top_k = 50 samples from a cut-off distribution"),
         ([("rollout.max_staleness", 1), ("algorithm.correction.method", "none")], "as if they were the current one's"),
         ([("rollout.sampling.ignore_eos", True)], "never learns to stop"),
+        ([("model.lora", {"dropout": 0.1})], "adds noise to every importance ratio"),
         ([("data.evaluation", None)], "nothing is evaluated"),
         ([("evaluation.sampling", {"temperature": 0.0})], "greedy as well"),
     ],

@@ -6,13 +6,19 @@ import asyncio
 
 import pytest
 
+from actors.weights.canary import Canaries
 from actors.weights.offer import WeightsReceipt
 from orchestrator.fleet import MAX_RESTARTS, NO_GENERATOR, Health
 from rollout.config import SamplingConfig
 from rollout.failures import FailureError, FailureKind
-from tests.orchestrator.stand_ins import Events, Generator, fleet_of, infrastructure, offer, prompt, until
+from tests.orchestrator.stand_ins import Events, Generator, canaries, fleet_of, infrastructure, offer, prompt, until
 
 SAMPLING = SamplingConfig()
+
+
+async def proof(version: int) -> Canaries:
+    """What the trainer computes of a version."""
+    return canaries(version)
 
 
 async def test_a_request_goes_to_the_generator_with_the_fewest() -> None:
@@ -101,8 +107,8 @@ async def test_one_refused_update_is_sent_again_before_anything_is_restarted() -
 
 async def test_a_version_counts_as_delivered_only_with_its_own_digest() -> None:
     class Liar(Generator):
-        async def load_weights(self, offer):  # type: ignore[no-untyped-def]
-            await super().load_weights(offer)
+        async def load_weights(self, offer, *, anew=False):  # type: ignore[no-untyped-def]
+            await super().load_weights(offer, anew=anew)
             return WeightsReceipt(offer.version, "another digest", 0.0, 0.0, 0.0)
 
     events = Events()
@@ -180,3 +186,101 @@ async def test_a_bug_in_a_generator_is_not_taken_for_its_death() -> None:
         await fleet.generate(prompt("0"), 1, SAMPLING, 0, "0")
     assert caught.value.failure.kind is FailureKind.BUG
     assert fleet.members[0].health is Health.HEALTHY
+
+
+async def test_a_version_is_delivered_only_when_its_canaries_agree_too() -> None:
+    fleet, generators = await fleet_of(2, Events())
+    published = await fleet.publish(offer(1), proof(1))
+    assert published.delivered == 2
+    assert published.canary_gap == 0.0
+    assert published.verified == {"generator-0": 1, "generator-1": 1}
+    assert all(generator.proofs == [1] for generator in generators.started)
+
+
+async def test_a_generator_that_disagrees_gets_everything_once_more_in_full() -> None:
+    events = Events()
+    fleet, generators = await fleet_of(2, events)
+    generators.started[1].error_nats = 0.5
+    published = await fleet.publish(offer(1), proof(1))
+    assert published.delivered == 2
+    assert generators.started[1].loads_anew == [False, False, True]
+    assert [e["generator"] for e in events.of("weights_disagree")] == ["generator-1"]
+    assert len(generators.started) == 2
+
+
+async def test_a_generator_that_still_disagrees_is_started_again_and_meanwhile_serves_nothing() -> None:
+    fleet, generators = await fleet_of(2, Events())
+    generators.started[1].error_nats, generators.started[1].is_cured_by_resending = 0.5, False
+    assert (await fleet.publish(offer(1), proof(1))).delivered == 1
+    assert generators.started[1].requests == []
+    await until(lambda: all(m.health is Health.HEALTHY for m in fleet.members))
+    assert generators.started[2].name == "generator-1"
+    assert generators.started[2].proofs == [1]
+
+
+async def test_a_generator_that_disagrees_even_after_a_restart_ends_the_run_and_the_verdict_names_tensors() -> None:
+    fleet, generators = await fleet_of(1, Events())
+
+    def disagree(generator: Generator) -> None:
+        generator.error_nats, generator.is_cured_by_resending = 0.5, False
+
+    disagree(generators.started[0])
+    generators.prepare = disagree
+    with pytest.raises(FailureError, match=r"layers\.0\.qkv_proj\.weight") as caught:
+        await fleet.publish(offer(1), proof(1))
+    assert caught.value.failure.reason == "weights_disagree"
+    assert len(generators.started) == 2
+
+
+async def test_a_slow_generator_holds_nobody_up_and_catches_up_alone() -> None:
+    events = Events()
+    fleet, generators = await fleet_of(2, events)
+    fleet.grace_s = 0.05
+    slow = generators.started[1]
+    slow.loading.clear()
+    assert (await fleet.publish(offer(1))).delivered == 1
+    assert [m.health for m in fleet.members] == [Health.HEALTHY, Health.STALE]
+    assert fleet.served_version == 1
+    assert (await fleet.publish(offer(2))).delivered == 1
+    slow.loading.set()
+    await until(lambda: fleet.members[1].health is Health.HEALTHY)
+    assert slow.loads == [0, 1, 2]
+    assert [e["generator"] for e in events.of("generator_late")] == ["generator-1"]
+
+
+async def test_a_generator_behind_a_broken_link_is_tried_again_before_it_is_started_again() -> None:
+    fleet, generators = await fleet_of(2, Events())
+    fleet.grace_s = 0.05
+    generators.started[1].refuses_loads, generators.started[1].refusal = 2, "weights_timeout"
+    assert (await fleet.publish(offer(1))).delivered == 1
+    await until(lambda: fleet.members[1].health is Health.HEALTHY)
+    assert len(generators.started) == 2
+    assert fleet.members[1].version == 1
+
+
+async def test_a_trainer_that_fails_to_compute_canaries_is_not_taken_for_a_generators_fault() -> None:
+    async def fails() -> Canaries:
+        raise infrastructure("policy_died")
+
+    fleet, generators = await fleet_of(1, Events())
+    with pytest.raises(FailureError) as caught:
+        await fleet.publish(offer(1), fails())
+    assert caught.value.failure.reason == "policy_died"
+    assert len(generators.started) == 1
+    await fleet.stop()
+
+
+async def test_generators_sleep_while_the_trainer_learns_if_the_recipe_says_so() -> None:
+    fleet, generators = await fleet_of(2, Events())
+    await fleet.sleep(0)
+    assert [g.naps for g in generators.started] == [[], []]
+    await fleet.sleep(2)
+    assert [g.naps for g in generators.started] == [[2], [2]]
+
+
+async def test_a_generator_that_dies_falling_asleep_is_started_again() -> None:
+    fleet, generators = await fleet_of(2, Events())
+    generators.started[0].die()
+    await fleet.sleep(1)
+    await until(lambda: all(m.health is Health.HEALTHY for m in fleet.members))
+    assert len(generators.started) == 3

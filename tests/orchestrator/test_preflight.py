@@ -260,6 +260,22 @@ def test_memory_of_the_trainer_is_sixteen_bytes_a_parameter_in_float32(tree: dic
     assert memory_estimate(config, 1000) - memory_estimate(config, 0) == 1000 * (16 + 4)
 
 
+@pytest.mark.parametrize(("zero_stage", "copies"), [(0, 2), (2, 2), (3, 1)])
+def test_memory_of_a_trainer_of_adapters_is_its_weights_on_each_rank_or_sharded_with_zero_3(
+    tree: dict[str, Any], zero_stage: int, copies: int
+) -> None:
+    tree["model"] |= {"precision": "float32", "lora": {}}
+    tree["trainer"] = {"ranks": 2, "zero_stage": zero_stage}
+    config = Config.model_validate(tree)
+    assert memory_estimate(config, 1000) - memory_estimate(config, 0) == 1000 * (4 * copies + 4)
+
+
+def test_checkpoints_of_adapters_need_no_disk_for_the_model(tree: dict[str, Any]) -> None:
+    tree["checkpoint"] = {"keep": 10**12}
+    tree["model"]["lora"] = {}
+    assert errors(tree) == []
+
+
 def test_gpus_that_are_not_there_are_an_error(tree: dict[str, Any]) -> None:
     tree["cluster"] = {"generator": {"gpus": 500}}
     assert "cluster asks for 500 GPUs" in errors(tree)[0]

@@ -1,0 +1,349 @@
+"""The weights of one generator's engine: receives policy versions, loads them while requests run, proves them.
+
+What the engine samples with them is the generator's business (generator.py); how bytes arrive, actors/weights/'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.config import WeightsConfig
+from actors.weights.canary import Canaries, CanaryReport, compare_canaries
+from actors.weights.manifest import Part
+from actors.weights.offer import WeightsOffer, WeightsReceipt
+from rollout.failures import Failure, FailureError, FailureKind
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine import PauseMode
+
+    from actors.generator import GeneratorSpec
+    from actors.weights.canary import CanarySequence
+    from actors.weights.receiver import ReceivedPart, ReceivedWeights, WeightReceiver
+
+logger = logging.getLogger(__name__)
+
+RECEIVE_SHARE = 0.8  # of the deadline of an update; the rest is for loading
+ADAPTER = "policy"
+WEIGHTS, CACHE = "weights", "kv_cache"  # vLLM's names of what sleeps
+LogProbs = Callable[["CanarySequence", str], Awaitable["NDArray[np.float32]"]]
+
+
+class EngineWeights:
+    """What a generator knows and does about its weights.
+
+    Attributes:
+        config: how versions are received, loaded and proven.
+        version: the version that is loaded.
+        verified: the last version that was proven to be the trainer's.
+        stale: why it may not serve; None while it may.
+        is_asleep: whether it has given its memory to the trainer.
+        adapter: what every request must name, where the policy is an adapter.
+    """
+
+    def __init__(self, spec: GeneratorSpec, has_requests: Callable[[], bool]) -> None:
+        """Args:
+        spec: of the generator.
+        has_requests: whether any are in flight.
+        """
+        self.spec = spec
+        self.config: WeightsConfig = spec.weights
+        self.version = self.verified = spec.initial_version
+        self.stale: Failure | None = None
+        self.is_asleep = False
+        self.adapter: LoRARequest | None = None
+        self._has_requests = has_requests
+        self._engine: Any = None
+        self._receiver: WeightReceiver | None = None
+        self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
+        self._changed = asyncio.Condition()
+        self._updating = asyncio.Lock()
+
+    async def start(self, engine: Any) -> None:
+        """Take charge of a started engine's weights."""
+        self._engine = engine
+        self._receiver = self._make_receiver()
+        await engine.update_weight_version(str(self.version))
+        lora = self.spec.model.lora
+        if lora is not None and lora.sync == "adapter":
+            from vllm.lora.request import LoRARequest
+
+            from actors.lora import write_empty_adapter
+
+            self._adapter_folder = tempfile.TemporaryDirectory(prefix="counterpoint-adapter-")
+            folder = Path(self._adapter_folder.name)
+            await asyncio.to_thread(write_empty_adapter, folder, self.spec.model)
+            self.adapter = LoRARequest(ADAPTER, 1, str(folder))
+            await engine.add_lora(self.adapter)
+
+    async def load(self, offer: WeightsOffer, *, anew: bool = False) -> WeightsReceipt:
+        """See :meth:`actors.generator.Generator.load_weights`."""
+        async with self._updating:
+            started = time.monotonic()
+            deadline_s = RECEIVE_SHARE * self.spec.deadlines.sync_s
+            received = await self._receive(offer, deadline_s, anew=anew)
+            await self._prepare(received)
+            before = await self._held_digests() if anew else {}
+            transferred = time.monotonic()
+            await self._pause_for(offer)
+            paused = time.monotonic()
+            try:
+                await self._load(received, offer.version)
+                loaded = time.monotonic()
+            except asyncio.CancelledError as error:
+                await self._give_up(offer, error)
+                raise
+            except Exception as error:
+                raise await self._give_up(offer, error) from error
+            finally:
+                await self._engine.resume_generation()
+            resumed = time.monotonic()
+            await self._loaded(received, offer.version)
+            after = await self._held_digests() if anew else {}
+            return WeightsReceipt(
+                version=offer.version,
+                digest=received.parts[-1].manifest.digest,
+                transfer_s=transferred - started,
+                load_s=loaded - paused,
+                pause_s=resumed - transferred,
+                received_bytes=received.received_bytes,
+                route=received.route,
+                source=received.source,
+                corrected=tuple(sorted(name for name in after if before.get(name) != after[name])),
+            )
+
+    async def verify(self, canaries: Canaries, log_probs: LogProbs) -> CanaryReport:
+        """See :meth:`actors.generator.Generator.verify`.
+
+        Args:
+            log_probs: the engine's own of a sequence, asked under a request id.
+        """
+        started = time.monotonic()
+        if canaries.version != self.version:
+            why = f"has version {self.version}, and the canaries are of version {canaries.version}"
+            raise FailureError(self.failure("canary_version", why))
+        requests = [
+            log_probs(sequence, f"canary-{canaries.version}-{index}-{time.monotonic_ns()}")
+            for index, sequence in enumerate(canaries.sequences)
+        ]
+        report = compare_canaries(canaries, await asyncio.gather(*requests), time.monotonic() - started)
+        if report.agrees:
+            await self._set_verified(canaries.version)
+        else:
+            why = f"policy version {canaries.version} computes other log-probabilities than the trainer: {report.words}"
+            await self._set_stale(self.failure("weights_disagree", why))
+            await self.pause("abort")
+            await self._engine.resume_generation()
+        return report
+
+    async def sleep(self, level: int) -> None:
+        """Give the GPU's memory to the trainer: cache, and weights kept in host memory (1) or thrown away (2).
+
+        Requests in flight are finished first. It wakes with the next version.
+
+        Raises:
+            FailureError: `generator_restless`, where requests didn't end in time.
+        """
+        async with self._updating:
+            if self.is_asleep:
+                return
+            deadline_s = self.spec.deadlines.generate_s
+            try:
+                await asyncio.wait_for(self._engine.sleep(level=level, mode="wait"), deadline_s)
+            except TimeoutError:
+                why = f"its requests weren't finished within {deadline_s:g} s, so it couldn't be put to sleep"
+                raise FailureError(self.failure("generator_restless", why)) from None
+            self.is_asleep = True
+            if level > 1 and self._receiver is not None:
+                await asyncio.to_thread(self._receiver.forget_loaded)
+
+    async def once_awake(self, deadline_s: float) -> Failure | None:
+        """Wait until requests may run; a failure where that takes too long."""
+        if not self.is_asleep:
+            return None
+        return await self._wait(lambda: not self.is_asleep, deadline_s, "generator_asleep", "it was asleep")
+
+    async def once_proven(self, version: int) -> Failure | None:
+        """Wait until what a version has sampled may be handed out; a failure where it may not."""
+        if self.verified >= version:
+            return None
+        why = f"version {version} wasn't proven"
+        failure = await self._wait(
+            lambda: self.verified >= version or self.stale is not None,
+            self.spec.deadlines.sync_s,
+            "weights_unverified",
+            why,
+        )
+        return failure or self.stale
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Stop sampling. Raises FailureError (`engine_dead`) where there is no engine to stop."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        # AsyncLLM.pause_generation does the same and then sleeps for 20 ms, a third of a small model's update
+        pause = self._engine.engine_core.pause_scheduler_async
+        try:
+            await pause(mode=mode, clear_cache=False)
+        except EngineDeadError as error:
+            raise FailureError(self.failure("engine_dead", "its engine is dead")) from error
+
+    async def close(self, deadline_s: float) -> None:
+        """Give up what was received."""
+        if self._receiver is not None:
+            with contextlib.suppress(TimeoutError):  # in the middle of receiving: gone with the process
+                await asyncio.wait_for(asyncio.to_thread(self._receiver.close), deadline_s)
+        if self._adapter_folder is not None:
+            self._adapter_folder.cleanup()
+
+    def failure(self, reason: str, why: str) -> Failure:
+        """A failure of this generator."""
+        return Failure(FailureKind.INFRASTRUCTURE, reason, f"{self.spec.name}: {why}")
+
+    def _make_receiver(self) -> WeightReceiver:
+        from actors.weights.receiver import ReceiverSettings, WeightReceiver
+        from actors.weights.server import LOOPBACK
+
+        settings = ReceiverSettings(
+            maps_memory=self.config.shared_memory,
+            serves=self.config.fan_out > 0,
+            listen=LOOPBACK if self.config.listen == "loopback" else self.spec.address or _node_address(),
+            patience_s=self.config.patience_s,
+            folder=self.spec.weights_folder,
+        )
+        return WeightReceiver(self.spec.name, settings)
+
+    async def _receive(self, offer: WeightsOffer, deadline_s: float, *, anew: bool) -> ReceivedWeights:
+        assert self._receiver is not None
+        return await asyncio.to_thread(self._receiver.receive, offer, deadline_s, anew=anew)
+
+    async def _prepare(self, received: ReceivedWeights) -> None:
+        """All that can be done before generation has to stop."""
+        if self.is_asleep:
+            await self._engine.wake_up([WEIGHTS])
+        plain = [part.path for part in received.parts if part.manifest.part is not Part.ADAPTER]
+        if plain:
+            await self._engine.collective_rpc("prepare_weights", args=(plain,))
+        for part in received.parts:
+            if part.manifest.part is Part.ADAPTER:
+                await asyncio.to_thread(self._write_adapter, part)
+
+    async def _pause_for(self, offer: WeightsOffer) -> None:
+        if self.is_asleep:
+            return
+        deadline_s = self.spec.deadlines.sync_s
+        try:
+            await asyncio.wait_for(self.pause(self.config.in_flight), deadline_s)
+        except TimeoutError:
+            await self._engine.resume_generation()
+            why = (
+                f"its requests weren't finished within {deadline_s:g} s, so version {offer.version} couldn't be loaded"
+            )
+            raise FailureError(self.failure("weights_not_paused", why)) from None
+
+    async def _load(self, received: ReceivedWeights, version: int) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        engine = self._engine
+        plain = [part for part in received.parts if part.manifest.part is not Part.ADAPTER]
+        if plain:
+            update = {"parts": [(part.manifest.packed, part.path) for part in plain]}
+            await engine.start_weight_update()
+            await engine.update_weights(WeightTransferUpdateRequest(update_info=update))
+            await engine.finish_weight_update()
+        if self.adapter is not None:
+            await self._load_adapter()
+        await engine.update_weight_version(str(version))
+        if self.is_asleep:
+            await engine.wake_up([CACHE])
+        await self._invalidate(has_frozen=len(received.parts) > 1)
+
+    async def _invalidate(self, *, has_frozen: bool) -> None:
+        """Forget what was computed with other weights."""
+        model, freeze = self.spec.model, self.spec.model.freeze
+        if has_frozen or not (model.lora is not None or (freeze.vision_tower and freeze.projector)):
+            await self._engine.reset_encoder_cache()
+        if self.config.recompute_cache:
+            await self._engine.reset_prefix_cache(reset_running_requests=True)
+        elif not self._has_requests():
+            await self._engine.reset_prefix_cache()  # frees the blocks; while requests run, the salt keeps them apart
+
+    async def _loaded(self, received: ReceivedWeights, version: int) -> None:
+        assert self._receiver is not None
+        self._receiver.loaded(received)
+        async with self._changed:
+            self.version, self.stale, self.is_asleep = version, None, False
+            is_proven = self.config.canaries == 0
+            self.verified = version if is_proven else min(self.verified, version - 1)
+            self._changed.notify_all()
+
+    def _write_adapter(self, part: ReceivedPart) -> None:
+        """The adapter as a folder, which is what vLLM loads."""
+        from actors.lora import write_adapter_folder
+        from actors.weights.source import tensors_in
+
+        assert self._adapter_folder is not None
+        tensors = tensors_in(part.manifest, bytearray(part.holding.memory.view))  # small, and torch wants to write
+        write_adapter_folder(Path(self._adapter_folder.name), json.loads(part.manifest.attributes), tensors)
+
+    async def _load_adapter(self) -> None:
+        from vllm.lora.request import LoRARequest
+
+        assert self.adapter is not None
+        # in place: running requests go on with the new one. A request must not ask for that itself
+        await self._engine.add_lora(LoRARequest(ADAPTER, 1, self.adapter.lora_path, load_inplace=True))
+
+    async def _held_digests(self) -> dict[str, str]:
+        """Of what every worker's model computes with, by tensor."""
+        workers = await self._engine.collective_rpc("held_digests")
+        return {
+            f"{name} (worker {index})" if index else name: digest
+            for index, held in enumerate(workers)
+            for name, digest in held.items()
+        }
+
+    async def _wait(self, happened: Callable[[], bool], deadline_s: float, reason: str, why: str) -> Failure | None:
+        try:
+            async with asyncio.timeout(deadline_s), self._changed:
+                await self._changed.wait_for(happened)
+        except TimeoutError:
+            return self.failure(reason, f"{why} within {deadline_s:g} s")
+        return None
+
+    async def _set_verified(self, version: int) -> None:
+        async with self._changed:
+            self.verified = version
+            self._changed.notify_all()
+
+    async def _set_stale(self, failure: Failure) -> None:
+        logger.error(failure.message)
+        async with self._changed:
+            self.stale = failure
+            self._changed.notify_all()
+
+    async def _give_up(self, offer: WeightsOffer, error: BaseException) -> FailureError:
+        why = (
+            f"policy version {offer.version} was received whole but not loaded: {error!r}. The "
+            "engine may hold parts of two versions, so it serves nothing until a version is loaded."
+        )
+        failure = self.failure("weights_not_loaded", why)
+        await self._set_stale(failure)
+        await self.pause("abort")
+        return FailureError(failure)
+
+
+def _node_address() -> str:
+    import ray
+
+    address: str = ray.util.get_node_ip_address()
+    return address

@@ -1,0 +1,125 @@
+"""One client's connection to a weight server: asks, waits with a deadline, notices a refusal. Not thread-safe."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from actors.weights.offer import Keys
+
+POLL_MS = 100
+FAREWELL_MS = 1000
+"""For what was said last to arrive, after the connection was closed."""
+REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+
+
+class SilentError(Exception):
+    """The server hasn't answered for longer than one is willing to wait for it."""
+
+
+class RefusedError(Exception):
+    """The server doesn't take this run's keys, or isn't the one that it should be."""
+
+
+class GoneError(Exception):
+    """The server doesn't serve that version (any more)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What a server sent: which bucket, how it is encoded, and the payload."""
+
+    header: dict[str, Any]
+    payload: memoryview
+
+    @property
+    def index(self) -> int:
+        """The bucket it is about."""
+        found = self.header.get("index")
+        return found if isinstance(found, int) else -1
+
+
+class Connection:
+    """To one server. After silence, :meth:`reconnect`: a link that was cut may need a connection of its own."""
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str, server_key: bytes, keys: Keys | None) -> None:
+        self._context = context
+        self.endpoint = endpoint
+        self._server_key = server_key
+        self._keys = keys
+        self._open()
+
+    def _open(self) -> None:
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.IPV6, int("[" in self.endpoint))
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        if self._keys is not None:
+            self._socket.curve_serverkey = self._server_key
+            self._socket.curve_publickey = self._keys.client_public
+            self._socket.curve_secretkey = self._keys.client_secret
+        self._monitor = self._socket.get_monitor_socket(REFUSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+        self._socket.connect(self.endpoint)
+
+    def reconnect(self) -> None:
+        """Drop the connection with all that is under way on it, and make another."""
+        self.close(linger_ms=0)
+        self._open()
+
+    def close(self, *, linger_ms: int = FAREWELL_MS) -> None:
+        """End the connection. Doesn't wait."""
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close(linger=linger_ms)
+
+    def ask(self, operation: str, digest: str, **fields: Any) -> None:
+        """Send a request; what can't be sent now is asked again by whoever waits for the answer."""
+        request = {"op": operation, "digest": digest, **fields}
+        with contextlib.suppress(zmq.Again):  # the queue to a server that is away is full
+            self._socket.send(msgpack.packb(request), flags=zmq.NOBLOCK)
+
+    def answer(self, operation: str, digest: str, until: float) -> Answer:
+        """The next answer to requests of this kind.
+
+        Args:
+            operation, digest: of the requests; other answers are late ones, and are passed over.
+            until: on the monotonic clock.
+        Raises:
+            SilentError: there was none.
+            GoneError: the server refused the request; with its words.
+            RefusedError: the server doesn't take this run's keys.
+        """
+        while True:
+            self._check_refused()
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                raise SilentError
+            if not self._socket.poll(min(POLL_MS, 1 + int(left_s * 1000))):
+                continue
+            header, payload = self._receive()
+            if header.get("digest") != digest or header.get("op") != operation:
+                continue
+            if "error" in header:
+                raise GoneError(str(header["error"]))
+            return Answer(header, payload)
+
+    def _receive(self) -> tuple[dict[str, Any], memoryview]:
+        frames = self._socket.recv_multipart(copy=False)
+        try:
+            head, payload = frames
+            header = msgpack.unpackb(head.buffer, raw=False)
+            return (header, payload.buffer) if isinstance(header, dict) else ({}, memoryview(b""))
+        except (msgpack.UnpackException, ValueError):
+            return {}, memoryview(b"")
+
+    def _check_refused(self) -> None:
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            if event & REFUSED:
+                raise RefusedError(f"the weight server at {self.endpoint} refused this run's keys")

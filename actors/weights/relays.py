@@ -1,0 +1,115 @@
+"""Who pulls a policy version from whom: a tree over hosts, so that the trainer's egress doesn't grow with the fleet.
+
+On each host one generator, the leader, pulls over the network; the others of that host map its memory. Leaders pull
+from the publisher or from a leader that is nearer to it, and serve onward what has arrived. Pure: messages in, sources
+out; no sockets, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+ROOT = ""
+"""Name of the publisher in the tree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Relay:
+    """A generator that can serve others.
+
+    Attributes:
+        name: of the generator.
+        host: equal for processes that can map each other's memory.
+        endpoint: ZMQ address it serves at; "" where it serves nobody.
+        server_key: CURVE key it is known by (Z85); "" without CURVE.
+    """
+
+    name: str
+    host: str
+    endpoint: str
+    server_key: str
+
+
+@dataclass
+class RelayTree:
+    """The tree of one version.
+
+    Invariants: nobody is its own ancestor; a source has at most `fan_out` children, unless no other source that has a
+    place itself has room, in which case the publisher takes one more; of the members on one host that can serve, one
+    pulls over the network; a lost source has no children.
+
+    Attributes:
+        fan_out: children of each source; 0 lets everybody pull from the publisher.
+        root_host: of the publisher: its own host needs no leader.
+    """
+
+    fan_out: int
+    root_host: str
+    _members: dict[str, Relay] = field(default_factory=dict)
+    _parents: dict[str, str] = field(default_factory=dict)
+    _pulling: dict[str, list[str]] = field(default_factory=dict)
+    """By source, who pulls from it over the network."""
+    _mapping: dict[str, list[str]] = field(default_factory=dict)
+    """By source, who takes the version from its memory, and so isn't in anybody's fan-out."""
+    _leaders: dict[str, str] = field(default_factory=dict)
+    """By host; a leader whose source is gone stays one, for it asks again."""
+
+    def join(self, member: Relay, lost: str | None = None) -> Relay | None:
+        """Where a member is to pull from; None for the publisher.
+
+        Args:
+            member: who asks. Asking again gives the same answer, unless its source is gone, or it is another process.
+            lost: the source it has, if that doesn't answer.
+        """
+        known = self._members.get(member.name)
+        if known is not None and known != member:
+            self._leave(member.name)
+        if lost and lost != member.name:
+            self._leave(lost)
+        self._members[member.name] = member
+        if member.name not in self._parents:
+            self._place(member)
+        return self._members.get(self._parents[member.name])
+
+    def children(self, name: str) -> list[str]:
+        """Who pulls from a source over the network; ROOT for the publisher."""
+        return list(self._pulling.get(name, ()))
+
+    def parent(self, name: str) -> str | None:
+        """The source a member was given; ROOT for the publisher, None for who isn't in the tree or has to ask anew."""
+        return self._parents.get(name)
+
+    def _leave(self, name: str) -> None:
+        """A process is gone: those that pulled from it ask anew."""
+        member = self._members.pop(name, None)
+        if member is not None and self._leaders.get(member.host) == name:
+            del self._leaders[member.host]
+        for child in (*self._pulling.pop(name, ()), *self._mapping.pop(name, ())):
+            del self._parents[child]
+        parent = self._parents.pop(name, None)
+        for children in (self._pulling.get(parent or ROOT, []), self._mapping.get(parent or ROOT, [])):
+            if name in children:
+                children.remove(name)
+
+    def _place(self, member: Relay) -> None:
+        """Give it a source. It has no descendants among those reached: they are reached through it alone."""
+        leader = self._leaders.get(member.host, member.name)
+        if member.host == self.root_host:
+            parent, children = ROOT, self._mapping
+        elif self.fan_out and leader != member.name:
+            parent, children = leader, self._mapping
+        else:
+            has_room = (name for name in self._by_distance() if len(self._pulling.get(name, ())) < self.fan_out)
+            parent, children = next(has_room, ROOT), self._pulling
+            if member.endpoint:
+                self._leaders[member.host] = member.name
+        self._parents[member.name] = parent
+        children.setdefault(parent, []).append(member.name)
+
+    def _by_distance(self) -> Iterator[str]:
+        """Sources from the publisher outwards, breadth first."""
+        level = [ROOT]
+        while level:
+            yield from level
+            level = [child for name in level for child in self._pulling.get(name, ()) if self._members[child].endpoint]

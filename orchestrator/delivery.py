@@ -1,0 +1,112 @@
+"""What follows each attempt to bring a policy version to one generator. Pure: outcomes in, next step out.
+
+The fleet carries the steps out. A generator is never taken for current on its word alone: it counts when its digest and
+its canaries agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+MAX_FAILURES = 2
+"""Failed attempts at one version before the generator is started again."""
+MAX_SILENCES = 3
+"""Attempts that a generator behind a broken link gets: it is alive, and may come back."""
+MAX_RETURNS = 8
+"""Versions in a row that were gone before a generator had them."""
+
+
+class Outcome(StrEnum):
+    """How an attempt ended."""
+
+    PROVEN = "proven"
+    """Loaded, with the right digest and the right log-probabilities."""
+    FAILED = "failed"
+    """Not received or not loaded, for a reason that another attempt may cure."""
+    SILENT = "silent"
+    """Nothing came through to the generator in time, though it answers us."""
+    OVERTAKEN = "overtaken"
+    """The version is no longer served, or the generator has a later one."""
+    DISAGREES = "disagrees"
+    """Loaded, but its log-probabilities aren't the trainer's."""
+    DEAD = "dead"
+    """The generator or its engine is gone."""
+
+
+class Step(StrEnum):
+    """What to do next."""
+
+    DONE = "done"
+    """It may serve."""
+    SEND = "send"
+    """Bring it what is current now."""
+    SEND_ANEW = "send_anew"
+    """Bring it everything in full, frozen weights too."""
+    SEND_LATER = "send_later"
+    """The same after a pause; until then it serves nothing."""
+    RESTART = "restart"
+    """Start it again."""
+    STOP = "stop"
+    """End the run with a verdict: it disagreed after a full resend and after a restart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What one generator has been through.
+
+    Attributes:
+        failures: failed attempts since the last success or restart.
+        silences: silent attempts since then.
+        returns: overtaken attempts since then.
+        disagreements: since it last agreed, across restarts.
+    """
+
+    failures: int = 0
+    silences: int = 0
+    returns: int = 0
+    disagreements: int = 0
+
+    def after(self, outcome: Outcome) -> tuple[Delivery, Step]:
+        """The next state and step.
+
+        Invariants: DONE follows only PROVEN; the first disagreement is answered by a full resend, the second by a
+        restart, the third by STOP; every other outcome reaches DONE or RESTART after a bounded number of attempts.
+        """
+        match outcome:
+            case Outcome.PROVEN:
+                return Delivery(), Step.DONE
+            case Outcome.DISAGREES:
+                count = self.disagreements + 1
+                step = {1: Step.SEND_ANEW, 2: Step.RESTART}.get(count, Step.STOP)
+                return Delivery(disagreements=count), step
+            case Outcome.SILENT:
+                silent = replace(self, silences=self.silences + 1)
+                return self._or_restart(silent, silent.silences < MAX_SILENCES, Step.SEND_LATER)
+            case Outcome.OVERTAKEN:
+                overtaken = replace(self, returns=self.returns + 1)
+                return self._or_restart(overtaken, overtaken.returns < MAX_RETURNS, Step.SEND)
+            case Outcome.FAILED:
+                failed = replace(self, failures=self.failures + 1)
+                return self._or_restart(failed, failed.failures < MAX_FAILURES, Step.SEND)
+            case Outcome.DEAD:
+                return self._or_restart(self, False, Step.SEND)
+
+    @staticmethod
+    def _or_restart(state: Delivery, may_go_on: bool, step: Step) -> tuple[Delivery, Step]:
+        if may_go_on:
+            return state, step
+        return Delivery(disagreements=state.disagreements), Step.RESTART
+
+
+def outcome_of(reason: str) -> Outcome:
+    """What the reason of a failure means for the delivery."""
+    return {
+        "weights_timeout": Outcome.SILENT,
+        "weights_gone": Outcome.OVERTAKEN,
+        "weights_superseded": Outcome.OVERTAKEN,
+        "canary_version": Outcome.OVERTAKEN,
+        "generator_died": Outcome.DEAD,
+        "generator_timeout": Outcome.DEAD,
+        "engine_dead": Outcome.DEAD,
+    }.get(reason, Outcome.FAILED)
