@@ -96,20 +96,22 @@ class EngineWeights:
             await self._prepare(received)
             before = await self._held_digests() if anew else {}
             transferred = time.monotonic()
-            await self._pause_for(offer)
+            await self.pause_for(offer.version)
             paused = time.monotonic()
             try:
                 await self._load(received, offer.version)
                 loaded = time.monotonic()
             except asyncio.CancelledError as error:
-                await self._give_up(offer, error)
+                await self.set_broken(error)
                 raise
             except Exception as error:
-                raise await self._give_up(offer, error) from error
+                raise await self.set_broken(error) from error
             finally:
                 await self._engine.resume_generation()
             resumed = time.monotonic()
-            await self._loaded(received, offer.version)
+            assert self._receiver is not None
+            self._receiver.loaded(received)
+            await self.set_loaded(offer.version)
             after = await self._held_digests() if anew else {}
             return WeightsReceipt(
                 version=offer.version,
@@ -198,6 +200,52 @@ class EngineWeights:
         except EngineDeadError as error:
             raise FailureError(self.failure("engine_dead", "its engine is dead")) from error
 
+    async def pause_for(self, version: int) -> None:
+        """Stop sampling as the recipe says, to load a version; at once where it is asleep.
+
+        Raises:
+            FailureError: `weights_not_paused`: requests that must end first didn't in time. Sampling goes on.
+        """
+        if self.is_asleep:
+            return
+        deadline_s = self.spec.deadlines.sync_s
+        try:
+            await asyncio.wait_for(self.pause(self.config.in_flight), deadline_s)
+        except TimeoutError:
+            await self._engine.resume_generation()
+            why = f"its requests weren't finished within {deadline_s:g} s, so version {version} couldn't be loaded"
+            raise FailureError(self.failure("weights_not_paused", why)) from None
+
+    async def hold(self) -> None:
+        """Keep other updates away until :meth:`release`; wakes the weights' memory."""
+        await asyncio.wait_for(self._updating.acquire(), self.spec.deadlines.sync_s)
+        if self.is_asleep:
+            await self._engine.wake_up([WEIGHTS])
+
+    def release(self) -> None:
+        """Let other updates come."""
+        if self._updating.locked():
+            self._updating.release()
+
+    async def set_loaded(self, version: int) -> None:
+        """The engine has a version; what it samples is handed out once that is proven."""
+        async with self._changed:
+            self.version, self.stale, self.is_asleep = version, None, False
+            is_proven = self.config.canaries == 0
+            self.verified = version if is_proven else min(self.verified, version - 1)
+            self._changed.notify_all()
+
+    async def set_broken(self, error: BaseException) -> FailureError:
+        """The engine may hold parts of two versions: it serves nothing, and what runs is aborted."""
+        why = (
+            f"a policy version wasn't loaded whole: {error!r}. The engine may hold parts of two versions, so it serves "
+            "nothing until a version is loaded."
+        )
+        failure = self.failure("weights_not_loaded", why)
+        await self._set_stale(failure)
+        await self.pause("abort")
+        return FailureError(failure)
+
     async def close(self, deadline_s: float) -> None:
         """Give up what was received."""
         if self._receiver is not None:
@@ -238,19 +286,6 @@ class EngineWeights:
             if part.manifest.part is Part.ADAPTER:
                 await asyncio.to_thread(self._write_adapter, part)
 
-    async def _pause_for(self, offer: WeightsOffer) -> None:
-        if self.is_asleep:
-            return
-        deadline_s = self.spec.deadlines.sync_s
-        try:
-            await asyncio.wait_for(self.pause(self.config.in_flight), deadline_s)
-        except TimeoutError:
-            await self._engine.resume_generation()
-            why = (
-                f"its requests weren't finished within {deadline_s:g} s, so version {offer.version} couldn't be loaded"
-            )
-            raise FailureError(self.failure("weights_not_paused", why)) from None
-
     async def _load(self, received: ReceivedWeights, version: int) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
@@ -264,12 +299,12 @@ class EngineWeights:
         if self.adapter is not None:
             await self._load_adapter()
         await engine.update_weight_version(str(version))
-        if self.is_asleep:
-            await engine.wake_up([CACHE])
-        await self._invalidate(has_frozen=len(received.parts) > 1)
+        await self.invalidate(has_frozen=len(received.parts) > 1)
 
-    async def _invalidate(self, *, has_frozen: bool) -> None:
-        """Forget what was computed with other weights."""
+    async def invalidate(self, *, has_frozen: bool) -> None:
+        """Forget what was computed with other weights; where it was asleep, wake the cache's memory."""
+        if self.is_asleep:
+            await self._engine.wake_up([CACHE])
         model, freeze = self.spec.model, self.spec.model.freeze
         if has_frozen or not (model.lora is not None or (freeze.vision_tower and freeze.projector)):
             await self._engine.reset_encoder_cache()
@@ -277,15 +312,6 @@ class EngineWeights:
             await self._engine.reset_prefix_cache(reset_running_requests=True)
         elif not self._has_requests():
             await self._engine.reset_prefix_cache()  # frees the blocks; while requests run, the salt keeps them apart
-
-    async def _loaded(self, received: ReceivedWeights, version: int) -> None:
-        assert self._receiver is not None
-        self._receiver.loaded(received)
-        async with self._changed:
-            self.version, self.stale, self.is_asleep = version, None, False
-            is_proven = self.config.canaries == 0
-            self.verified = version if is_proven else min(self.verified, version - 1)
-            self._changed.notify_all()
 
     def _write_adapter(self, part: ReceivedPart) -> None:
         """The adapter as a folder, which is what vLLM loads."""
@@ -330,16 +356,6 @@ class EngineWeights:
         async with self._changed:
             self.stale = failure
             self._changed.notify_all()
-
-    async def _give_up(self, offer: WeightsOffer, error: BaseException) -> FailureError:
-        why = (
-            f"policy version {offer.version} was received whole but not loaded: {error!r}. The "
-            "engine may hold parts of two versions, so it serves nothing until a version is loaded."
-        )
-        failure = self.failure("weights_not_loaded", why)
-        await self._set_stale(failure)
-        await self.pause("abort")
-        return FailureError(failure)
 
 
 def _node_address() -> str:

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 
 from actors.config import DeadlineConfig, GeneratorConfig, ModelConfig, WeightsConfig
+from actors.engine_push import EnginePush
 from actors.engine_weights import EngineWeights
 from actors.vllm_engine import end_processes, engine_args, engine_processes
 from actors.weights.canary import Canaries, CanaryReport
@@ -219,6 +220,22 @@ class Generator:
         """
         return await self._weights.verify(canaries, self._log_probs)
 
+    async def push_connect(self, init_info: dict[str, Any]) -> None:
+        """See :meth:`actors.engine_push.EnginePush.connect`."""
+        await self._push.connect(init_info)
+
+    async def push_begin(self, version: int) -> None:
+        """See :meth:`actors.engine_push.EnginePush.begin`."""
+        await self._push.begin(version)
+
+    async def push_update(self, update_info: dict[str, Any]) -> None:
+        """See :meth:`actors.engine_push.EnginePush.update`."""
+        await self._push.update(update_info)
+
+    async def push_finish(self, version: int, digest: str) -> WeightsReceipt:
+        """See :meth:`actors.engine_push.EnginePush.finish`."""
+        return await self._push.finish(version, digest)
+
     async def sleep(self, level: int) -> None:
         """Give the GPU's memory to the trainer until the next version comes; see :meth:`EngineWeights.sleep`."""
         await self._weights.sleep(level)
@@ -267,6 +284,7 @@ class Generator:
         try:
             self._engine = AsyncLLM.from_engine_args(engine_args(self.spec, self._encoder.banned_token_ids))
             await self._weights.start(self._engine)
+            self._push = EnginePush(self._weights, self._engine)
         except Exception as error:
             why = f"vLLM didn't start with {model.path}: {error}"
             raise FailureError(self._failure("engine_start_failed", why)) from error

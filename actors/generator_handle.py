@@ -12,6 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.calls import Share
 from actors.generator import Generator, GeneratorSpec, GeneratorStats
+from actors.generator_port import GeneratorPort
 from actors.vllm_engine import engine_environment
 from actors.weights.canary import Canaries, CanaryReport
 from actors.weights.offer import WeightsOffer, WeightsReceipt
@@ -87,6 +88,10 @@ class GeneratorHandle:
                 f"{offer.version} with digest {offer.trained.digest} was offered",
             )
         return receipt
+
+    def port(self, version: int) -> GeneratorPort:
+        """What the trainer needs to push a version into its engine."""
+        return GeneratorPort(self.name, self.actor, self.spec.config.tensor_parallel, version)
 
     async def verify(self, canaries: Canaries) -> CanaryReport:
         """Compare its log-probabilities with the trainer's; see :meth:`Generator.verify`."""

@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 
 from actors.config import WeightsConfig
+from actors.generator_port import GeneratorPort
 from actors.ranks import LearnerSpec, Rank, RankGroup
 from actors.weights.canary import TOLERANCE_NATS, Canaries, CanarySequence
 from actors.weights.offer import WeightsOffer
 from algorithms.config import AlgorithmConfig
 from rollout.prompts import Prompt
 from rollout.samples import TrainingSample
+
+if TYPE_CHECKING:
+    from actors.weights.device_fleet import PushReport
+
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class PolicyRank(Rank):
         self.sources: Any = None
         """What is published: the trained part, and the frozen one or None."""
         self.publisher: Any = None
+        self.sender: Any = None
         self.has_published = False
 
     def learner_class(self) -> type:
@@ -76,7 +83,7 @@ class PolicyRank(Rank):
     def publish(self, version: int) -> WeightsOffer | None:
         """Serve the weights as they are now, as this policy version. Rank 0 returns the offer, the others None."""
         from actors.policy_weights import policy_sources
-        from actors.weights.publisher import LOOPBACK, WeightPublisher, read_on_other_ranks
+        from actors.weights.publisher import WeightPublisher, read_on_other_ranks
 
         settings = self.spec.weights
         if self.sources is None:
@@ -96,6 +103,27 @@ class PolicyRank(Rank):
             )
         offer: WeightsOffer = self.publisher.publish(version, trained, frozen)
         return offer
+
+    def push(self, version: int, ports: list[GeneratorPort]) -> PushReport | None:
+        """Send the weights as they are now into the engines of generators. Rank 0 reports, the others return None."""
+        import torch
+
+        from actors.weights.device_sender import DeviceSender, PushSettings
+
+        settings = self.spec.weights
+        if self.sender is None:
+            assert self.sources is not None, "a version is published before it is pushed"
+            assert settings.backend != "zmq"
+            push = PushSettings(
+                backend=settings.backend,
+                address=LOOPBACK if settings.listen == "loopback" else ray.util.get_node_ip_address(),
+                deadline_s=self.spec.deadlines.sync_s,
+                gather_bytes=settings.bucket_mib << 20,
+            )
+            tensors = self.sources[0].tensors
+            self.sender = DeviceSender(tensors, push, rank=self.rank, device=torch.device(self.device))
+        report: PushReport | None = self.sender.push(version, ports if self.rank == 0 else ())
+        return report
 
     def canaries(self, prompts: list[Prompt]) -> dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]]:
         """See :meth:`actors.trainer.PolicyTrainer.canaries`."""
@@ -148,6 +176,13 @@ class PolicyGroup(RankGroup):
         offers = await self._all("publish", f"publish version {version}", self.spec.deadlines.sync_s, version)
         offer: WeightsOffer = offers[0]
         return offer
+
+    async def push(self, version: int, ports: Sequence[GeneratorPort]) -> PushReport:
+        """Send the weights as they are now, already published as this version, into generators' engines."""
+        what = f"push version {version}"
+        reports = await self._all("push", what, 2 * self.spec.deadlines.sync_s, version, list(ports))
+        report: PushReport = reports[0]
+        return report
 
     async def canaries(self, prompts: Sequence[Prompt], version: int) -> Canaries:
         """What a generator of the policy as it is now must reproduce on these prompts."""

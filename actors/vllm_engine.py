@@ -38,9 +38,10 @@ def engine_args(spec: GeneratorSpec, banned_token_ids: Sequence[int]) -> Any:
     from vllm.platforms import current_platform
 
     from actors.token_mask import CONFIG_KEY
-    from actors.weights.plugin import BACKEND
+    from actors.weights.plugin import BACKEND, IPC_BACKEND, NCCL_BACKEND
 
     model, config = spec.model, spec.config
+    backends = {"zmq": BACKEND, "nccl": NCCL_BACKEND, "ipc": IPC_BACKEND}
     platform: dict[str, Any] = {
         "gpu_memory_utilization": config.gpu_memory_share,
         "enable_sleep_mode": config.sleep_level > 0,
@@ -67,7 +68,7 @@ def engine_args(spec: GeneratorSpec, banned_token_ids: Sequence[int]) -> Any:
         logprobs_mode="processed_logprobs",
         logits_processors=["actors.token_mask:BannedTokens"],
         additional_config={CONFIG_KEY: list(banned_token_ids)},
-        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        weight_transfer_config=WeightTransferConfig(backend=backends[spec.weights.backend]),
         worker_extension_cls="actors.weights.engine.WeightsExtension",
         generation_config="vllm",
         disable_log_stats=True,

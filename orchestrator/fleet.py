@@ -22,8 +22,12 @@ from rollout.samples import Generation
 
 if TYPE_CHECKING:
     from actors.generator_handle import GeneratorHandle
+    from actors.generator_port import GeneratorPort
     from actors.weights.canary import Canaries, CanaryReport
+    from actors.weights.device_fleet import PushReport
     from actors.weights.offer import WeightsOffer, WeightsReceipt
+
+    Push = Callable[[list[GeneratorPort]], Awaitable[PushReport]]
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,8 @@ class Member:
     """The same, with the publisher's epoch."""
     delivery: Delivery = field(default_factory=Delivery)
     receipt: WeightsReceipt | None = None
+    pushed: WeightsReceipt | None = None
+    """Of a version that the trainer has sent into its engine, not proven yet."""
     report: CanaryReport | None = None
     running: int = 0
     restarts: int = 0
@@ -187,7 +193,9 @@ class GeneratorFleet:
         finally:
             member.running -= 1
 
-    async def publish(self, offer: WeightsOffer, canaries: Awaitable[Canaries] | None = None) -> Publication:
+    async def publish(
+        self, offer: WeightsOffer, canaries: Awaitable[Canaries] | None = None, push: Push | None = None
+    ) -> Publication:
         """Bring a version to every living generator; it counts as delivered when digest and canaries agree.
 
         Returns when all have it, or `grace_s` after the first has: the others serve nothing until they have caught up,
@@ -196,6 +204,8 @@ class GeneratorFleet:
         Args:
             offer: the version.
             canaries: what its generators must reproduce, once the trainer has computed it; None for no such proof.
+            push: has the trainer send the version into the engines of these generators; those that it doesn't reach
+                get it as if there were none.
         Raises:
             FailureError: no generator has the version, after restarts; or one computes other log-probabilities than
                 the trainer after a full resend and a restart (`weights_disagree`).
@@ -203,6 +213,8 @@ class GeneratorFleet:
         started = time.monotonic()
         self.offer = offer
         self._canaries = None if canaries is None else asyncio.ensure_future(canaries)
+        if push is not None:
+            await self._push(offer, push)
         for member in self.members:
             self._begin_delivery(member)
         try:
@@ -213,6 +225,18 @@ class GeneratorFleet:
         if self._canaries is not None:
             await self._canaries  # raises what the trainer's attempt at them did
         return self._publication(offer, time.monotonic() - started)
+
+    async def _push(self, offer: WeightsOffer, push: Push) -> None:
+        """Have the version sent to all who were proven to have the one before: frozen weights don't come this way."""
+        reachable = {m.name: m for m in self.members if m.health is Health.HEALTHY and m.handle is not None}
+        if not reachable:
+            return
+        report = await push([m.handle.port(offer.version) for m in reachable.values() if m.handle is not None])
+        for outcome in report.outcomes:
+            if outcome.name in report.current:
+                reachable[outcome.name].pushed = outcome.answer
+            else:
+                self.on_event("push_failed", generator=outcome.name, version=offer.version, why=outcome.why)
 
     def _publication(self, offer: WeightsOffer, seconds: float) -> Publication:
         current = [m for m in self.members if m.order == offer.order]
@@ -379,9 +403,11 @@ class GeneratorFleet:
     ) -> tuple[Outcome, str]:
         """One attempt: load, then prove. How it ended, and why."""
         try:
-            receipt = await handle.load_weights(offer, anew=anew)
+            pushed, member.pushed = member.pushed, None
+            is_there = pushed is not None and pushed.version == offer.version and not anew
+            receipt = pushed if pushed and is_there else await handle.load_weights(offer, anew=anew)
             member.corrected = receipt.corrected or member.corrected
-            if receipt.version != offer.version or receipt.digest != offer.trained.digest:
+            if not is_there and (receipt.version, receipt.digest) != (offer.version, offer.trained.digest):
                 why = f"loaded version {receipt.version} with digest {receipt.digest}"
                 self.on_event("digest_mismatch", generator=member.name, version=offer.version, why=why)
                 return Outcome.FAILED, why

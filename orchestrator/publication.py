@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from actors.weights.canary import TEXT_CANARY
@@ -33,9 +34,10 @@ async def publish(policy: PolicyGroup, fleet: GeneratorFleet, version: int, cana
             own weights are what was published.
     """
     offer = await policy.publish(version)
+    push = None if policy.spec.weights.backend == "zmq" else partial(policy.push, version)
     proof = asyncio.ensure_future(policy.canaries(canaries, version)) if canaries else None
     try:
-        return await fleet.publish(offer, proof)
+        return await fleet.publish(offer, proof, push)
     except FailureError as error:
         if error.failure.reason != DISAGREEMENT:
             raise

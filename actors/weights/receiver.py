@@ -306,6 +306,8 @@ class WeightReceiver:
 
         The version before is written over, unless somebody pulls or maps it.
         """
+        if manifest.part in self._mapped:  # an older version, in another process's memory
+            self._mapped.pop(manifest.part)[1].close()
         before = self._own.get(manifest.part)
         if before is not None and before.holding.manifest.digest == manifest.digest:
             return before

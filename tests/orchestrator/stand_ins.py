@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from actors.config import WeightsConfig
 from actors.weights.canary import Canaries, CanaryReport, CanarySequence, compare_canaries
 from actors.weights.manifest import Part
 from actors.weights.offer import PartOffer, WeightsOffer, WeightsReceipt
@@ -212,6 +214,7 @@ class Policy:
         """Tensors that aren't what was published."""
         self.gate = asyncio.Event()
         self.gate.set()
+        self.spec = SimpleNamespace(weights=WeightsConfig())
 
     def _act(self, name: str) -> None:
         self.acts.append(name)
