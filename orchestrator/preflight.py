@@ -254,7 +254,8 @@ def memory_estimate(config: Config | SFTConfig, parameters: int) -> int:
     if isinstance(config, Config):
         total += trained_whole if config.has_critic else 0
         cache = int(config.generator.kv_cache_gib * GIB)
-        total += config.generator.replicas * (PROCESS_BYTES + weights + cache)
+        published = weights * (1 if config.weights.shared_memory else 1 + config.generator.replicas)
+        total += published + config.generator.replicas * (PROCESS_BYTES + weights + cache)
         if config.algorithm.kl.coefficient > 0:
             total += config.reference.replicas * (PROCESS_BYTES + weights)
     return total
