@@ -52,18 +52,13 @@ class EngineWeights:
         adapter: what every request must name, where the policy is an adapter.
     """
 
-    def __init__(self, spec: GeneratorSpec, has_requests: Callable[[], bool]) -> None:
-        """Args:
-        spec: of the generator.
-        has_requests: whether any are in flight.
-        """
+    def __init__(self, spec: GeneratorSpec) -> None:
         self.spec = spec
         self.config: WeightsConfig = spec.weights
         self.version = self.verified = spec.initial_version
         self.stale: Failure | None = None
         self.is_asleep = False
         self.adapter: LoRARequest | None = None
-        self._has_requests = has_requests
         self._engine: Any = None
         self._receiver: WeightReceiver | None = None
         self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
@@ -308,10 +303,7 @@ class EngineWeights:
         model, freeze = self.spec.model, self.spec.model.freeze
         if has_frozen or not (model.lora is not None or (freeze.vision_tower and freeze.projector)):
             await self._engine.reset_encoder_cache()
-        if self.config.recompute_cache:
-            await self._engine.reset_prefix_cache(reset_running_requests=True)
-        elif not self._has_requests():
-            await self._engine.reset_prefix_cache()  # frees the blocks; while requests run, the salt keeps them apart
+        await self._engine.reset_prefix_cache(reset_running_requests=self.config.recompute_cache)
 
     def _write_adapter(self, part: ReceivedPart) -> None:
         """The adapter as a folder, which is what vLLM loads."""

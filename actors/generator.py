@@ -144,7 +144,7 @@ class Generator:
     _counters: _Counters = field(default_factory=_Counters, init=False)
 
     def __post_init__(self) -> None:
-        self._weights = EngineWeights(self.spec, has_requests=lambda: self._counters.requests > 0)
+        self._weights = EngineWeights(self.spec)
         self._starting = asyncio.Lock()
 
     async def ready(self) -> float:
@@ -303,7 +303,7 @@ class Generator:
         """vLLM's input for a prompt: media placeholders expanded, once, by the engine's own processor."""
         request: dict[str, Any] = {
             "prompt_token_ids": encoded.token_ids.tolist(),
-            "cache_salt": str(self._weights.version),  # cached prefixes of older weights are never found again
+            "cache_salt": str(self._weights.version),  # what requests that began with older weights cache isn't found
         }
         if encoded.images:
             request["multi_modal_data"] = {"image": encoded.images}

@@ -26,6 +26,9 @@ def engine_environment(config: GeneratorConfig) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker lives in the engine's process: one start-up less
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are shared with the trainer
         "VLLM_LOGGING_LEVEL": "WARNING",
+        # keep freed memory: a weight update on CPU makes every layer anew, and fresh pages cost more than the copies
+        "MALLOC_MMAP_THRESHOLD_": str(GIB),
+        "MALLOC_TRIM_THRESHOLD_": str(64 * GIB),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
@@ -70,6 +73,7 @@ def engine_args(spec: GeneratorSpec, banned_token_ids: Sequence[int]) -> Any:
         additional_config={CONFIG_KEY: list(banned_token_ids)},
         weight_transfer_config=WeightTransferConfig(backend=backends[spec.weights.backend]),
         worker_extension_cls="actors.weights.engine.WeightsExtension",
+        scheduler_cls="actors.engine_scheduler.make_scheduler",
         generation_config="vllm",
         disable_log_stats=True,
         **_lora_args(model),

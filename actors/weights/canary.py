@@ -58,7 +58,7 @@ class CanaryReport:
     Attributes:
         version: the policy version.
         mean_gap: of the worst sequence, nats.
-        max_gap: of the worst token, nats.
+        max_gap: of that sequence's worst token, nats.
         worst: number of the worst sequence.
         tolerance_nats: what `mean_gap` may be.
         seconds: it took.

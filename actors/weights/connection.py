@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,12 @@ from actors.weights.offer import Keys
 POLL_MS = 100
 FAREWELL_MS = 1000
 """For what was said last to arrive, after the connection was closed."""
-REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH
+DAMAGED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+LOST = DAMAGED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
+"""Nobody listens there, the connection ended, or damage arrived, which ends it: what was asked isn't answered."""
+LOST_S = 0.25
+"""For a better word on why it ended, and so that one doesn't ask without a pause where it ends each time."""
 
 
 class SilentError(Exception):
@@ -44,6 +50,12 @@ class Answer:
         found = self.header.get("index")
         return found if isinstance(found, int) else -1
 
+    @property
+    def part(self) -> int:
+        """Which part of the bucket it is."""
+        found = self.header.get("part", 0)
+        return found if isinstance(found, int) else -1
+
 
 class Connection:
     """To one server. After silence, :meth:`reconnect`: a link that was cut may need a connection of its own."""
@@ -64,13 +76,19 @@ class Connection:
             self._socket.curve_serverkey = self._server_key
             self._socket.curve_publickey = self._keys.client_public
             self._socket.curve_secretkey = self._keys.client_secret
-        self._monitor = self._socket.get_monitor_socket(REFUSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+        self._monitor = self._socket.get_monitor_socket(REFUSED | LOST)
         self._socket.connect(self.endpoint)
+        self._ends_at = math.inf
 
     def reconnect(self) -> None:
         """Drop the connection with all that is under way on it, and make another."""
         self.close(linger_ms=0)
         self._open()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it ended before an answer came, rather than that the server is silent."""
+        return self._ends_at < math.inf
 
     def close(self, *, linger_ms: int = FAREWELL_MS) -> None:
         """End the connection. Doesn't wait."""
@@ -91,13 +109,13 @@ class Connection:
             operation, digest: of the requests; other answers are late ones, and are passed over.
             until: on the monotonic clock.
         Raises:
-            SilentError: there was none.
+            SilentError: there was none; sooner where the connection was lost.
             GoneError: the server refused the request; with its words.
             RefusedError: the server doesn't take this run's keys.
         """
         while True:
-            self._check_refused()
-            left_s = until - time.monotonic()
+            self._look_after()
+            left_s = min(until, self._ends_at) - time.monotonic()
             if left_s <= 0:
                 raise SilentError
             if not self._socket.poll(min(POLL_MS, 1 + int(left_s * 1000))):
@@ -118,8 +136,12 @@ class Connection:
         except (msgpack.UnpackException, ValueError):
             return {}, memoryview(b"")
 
-    def _check_refused(self) -> None:
+    def _look_after(self) -> None:
+        """Notice a refusal, and that the connection has ended."""
+        events = 0
         while self._monitor.poll(0):
-            event = recv_monitor_message(self._monitor)["event"]
-            if event & REFUSED:
-                raise RefusedError(f"the weight server at {self.endpoint} refused this run's keys")
+            events |= recv_monitor_message(self._monitor)["event"]
+        if events & REFUSED:
+            raise RefusedError(f"the weight server at {self.endpoint} refused this run's keys")
+        if events & LOST:
+            self._ends_at = min(self._ends_at, time.monotonic() + LOST_S)

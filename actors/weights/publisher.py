@@ -139,14 +139,10 @@ class WeightPublisher:
     def _written(
         self, version: int, source: WeightSource, previous: _Published | None
     ) -> tuple[_Published, Delta | None]:
-        memory, base = self._memory_for(source, previous)
-        wants_delta = self._has_delta and base is not None and self.server.egress_bytes > 0
-        writer = VersionWriter(
-            source,
-            memory,
-            bucket_bytes=self._bucket_bytes,
-            base=base.holding.manifest if base is not None and wants_delta else None,
-        )
+        memory = self._memory_for(source, previous)
+        wants_delta = self._has_delta and previous is not None and self.server.egress_bytes > 0
+        base = previous.holding if previous is not None and wants_delta else None
+        writer = VersionWriter(source, memory, bucket_bytes=self._bucket_bytes, base=base)
         source.read(writer)
         manifest, delta = writer.finish(self.epoch, version)
         memory.unclaim()
@@ -155,17 +151,17 @@ class WeightPublisher:
             holding.deltas = {delta.base: delta.buckets}
         return _Published(holding, RelayTree(self._fan_out, self._host_identity)), delta
 
-    def _memory_for(self, source: WeightSource, previous: _Published | None) -> tuple[Memory, _Published | None]:
-        """Claimed memory to write into, and what lies in it; that isn't served any more."""
+    def _memory_for(self, source: WeightSource, previous: _Published | None) -> Memory:
+        """Claimed memory to write into; what lies in it isn't served any more."""
         for each in (previous, self._older if previous is not None else None):
             if each is None or each.holding.memory.nbytes != source.nbytes or self.server.is_pulled(each.digest):
                 continue
             if each.holding.memory.try_claim():
                 self._forget(each)
-                return each.holding.memory, each
+                return each.holding.memory
         memory = Memory.create(source.nbytes, self._folder)
         memory.try_claim()
-        return memory, None
+        return memory
 
     def _forget(self, published: _Published) -> None:
         """Its memory is written over: whatever comes of that, it is served no longer, and no delta starts from it."""

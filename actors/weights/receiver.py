@@ -12,10 +12,9 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zmq
@@ -25,14 +24,15 @@ from actors.weights.manifest import Manifest, ManifestError, Part, bucket_digest
 from actors.weights.memory import Memory, MemoryAddress, NoRoomError, host_identity
 from actors.weights.offer import Keys, PartOffer, WeightsOffer
 from actors.weights.relays import ROOT, Relay
-from actors.weights.server import LOOPBACK, Holding, WeightServer
+from actors.weights.server import LOOPBACK, SLICE_BYTES, Holding, WeightServer
 from actors.weights.writer import apply_delta
 from rollout.failures import Failure, FailureError, FailureKind
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 2
-"""Buckets under way at a time: with them, memory beyond the version itself is bounded."""
+"""Buckets under way at a time. So many of them are the memory that is needed beyond the version itself, and one more
+while one is being decrypted."""
 MAX_ATTEMPTS = 4
 """How often a bucket may arrive damaged from one source."""
 MAX_PATIENCE_S = 60.0
@@ -132,7 +132,7 @@ class WeightReceiver:
         self._server_keys: Keys | None = None
         self._own: dict[Part, _Own] = {}
         self._older: dict[Part, _Own] = {}  # the version before, where it couldn't be written over
-        self._mapped: dict[Part, tuple[MemoryAddress, Memory]] = {}
+        self._mapped: dict[Part, tuple[MemoryAddress, Holding]] = {}
         self._loaded: set[str] = set()
         self._newest = (-1, -1)
         self._host = host_identity() if settings.maps_memory else f"apart:{id(self)}:{time.time_ns()}"
@@ -186,7 +186,7 @@ class WeightReceiver:
                 self._server.stop()
                 self._server = None
             if self._root is not None:
-                self._root.close()
+                self._root.close(linger_ms=0)
                 self._root = None
             self._context.destroy(linger=0)
 
@@ -203,8 +203,8 @@ class WeightReceiver:
             self._unserve(own)
         self._own.clear()
         self._older.clear()
-        for _, memory in self._mapped.values():
-            memory.close()
+        for _, mapped in self._mapped.values():
+            mapped.memory.close()
         self._mapped.clear()
         self._loaded.clear()
 
@@ -276,7 +276,7 @@ class WeightReceiver:
                 break
             except _SourceLostError as error:
                 logger.info("%s: %s no longer serves version %d: %s", self.name, error.name, manifest.version, error)
-                lost = error.name
+                lost = None if source is None else source.endpoint
         pull.done(manifest.digest)
         return ReceivedPart(self._own[manifest.part].holding, is_mapped=False)
 
@@ -306,8 +306,6 @@ class WeightReceiver:
 
         The version before is written over, unless somebody pulls or maps it.
         """
-        if manifest.part in self._mapped:  # an older version, in another process's memory
-            self._mapped.pop(manifest.part)[1].close()
         before = self._own.get(manifest.part)
         if before is not None and before.holding.manifest.digest == manifest.digest:
             return before
@@ -319,6 +317,11 @@ class WeightReceiver:
             memory.try_claim()
             if before is not None and fits:
                 _copy_found(before, memory)
+        _, mapped = self._mapped.pop(manifest.part, (None, None))  # an older version, in another process's memory
+        if mapped is not None:
+            if before is None and _fits(mapped.manifest, manifest):
+                found = _copy_mapped(mapped, memory)
+            mapped.memory.close()
         found = found or [None] * len(manifest.digests)
         missing = set()
         for index, digest in enumerate(manifest.digests):
@@ -357,21 +360,21 @@ class WeightReceiver:
 
     def _map(self, manifest: Manifest, address: MemoryAddress, *, checks_all: bool) -> Holding | None:
         """Another process's memory, leased and checked; None where it can't be had or holds something else."""
-        kept = self._mapped.get(manifest.part)
-        memory = kept[1] if kept is not None and kept[0] == address and kept[1].try_lease() else None
+        kept_address, kept = self._mapped.pop(manifest.part, (None, None))
+        memory = None
+        if kept is not None and kept_address == address and kept.memory.try_lease():
+            memory = kept.memory
+        elif kept is not None:
+            kept.memory.close()
+        memory = memory or Memory.open(address)
         if memory is None:
-            if kept is not None:
-                kept[1].close()
-                del self._mapped[manifest.part]
-            memory = Memory.open(address)
-            if memory is None:
-                return None
-            self._mapped[manifest.part] = (address, memory)
+            return None
         holding = Holding(manifest, memory)
         if memory.nbytes == manifest.nbytes and self._check(holding, checks_all):
+            self._mapped[manifest.part] = (address, holding)
             return holding
         logger.warning("%s: shared memory doesn't hold version %d", self.name, manifest.version)
-        memory.unclaim()
+        memory.close()
         return None
 
     def _check(self, holding: Holding, checks_all: bool) -> bool:
@@ -397,6 +400,62 @@ class _SourceLostError(Exception):
     def __init__(self, name: str, why: str) -> None:
         super().__init__(why)
         self.name = name
+
+
+class _Wanted:
+    """Which messages are still to be asked for. A bucket comes as its changes, in one, or whole, in several."""
+
+    def __init__(self, own: _Own) -> None:
+        self._own = own
+        self._waiting: deque[tuple[int, int]] = deque()
+        self._asked: set[tuple[int, int]] = set()
+        self._left: dict[int, set[int]] = {}  # parts to come, of buckets that come whole
+        for index in sorted(own.holding.missing):
+            if own.found[index] is None:
+                self._waiting.extend(self._whole(index))
+            else:
+                self._waiting.append((index, 0))
+
+    def next(self, window: int) -> Iterator[tuple[int, int, str]]:
+        """Bucket, part and base of what to ask for now, so that so many messages are under way."""
+        while self._waiting and len(self._asked) < window:
+            index, part = self._waiting.popleft()
+            self._asked.add((index, part))
+            there = self._own.found[index]
+            yield index, part, "" if there is None or index in self._left else there[1]
+
+    def came(self, index: int, part: int) -> bool:
+        """A message is here. Whether it is wanted."""
+        is_expected = (index, part) in self._asked
+        self._asked.discard((index, part))
+        if is_expected and index in self._left:
+            self._left[index].discard(part)
+        return is_expected and index in self._own.holding.missing
+
+    def more(self, index: int) -> bool:
+        """Whether parts of a bucket that comes whole are to come yet; they are, if its changes were hoped for."""
+        if index not in self._left:
+            self._waiting.extendleft(reversed(self._whole(index)[1:]))
+            self._left[index].discard(0)
+        return bool(self._left[index])
+
+    def damaged(self, index: int) -> None:
+        """A bucket has to come again, whole."""
+        self._own.found[index] = None
+        self._asked = {unit for unit in self._asked if unit[0] != index}
+        self._waiting = deque(unit for unit in self._waiting if unit[0] != index)
+        self._waiting.extendleft(reversed(self._whole(index)))
+
+    def ask_again(self) -> None:
+        """Nothing that is under way will come."""
+        self._waiting.extendleft(sorted(self._asked, reverse=True))
+        self._asked.clear()
+
+    def _whole(self, index: int) -> list[tuple[int, int]]:
+        start, end = self._own.holding.manifest.span(index)
+        parts = range(max(1, -(-(end - start) // SLICE_BYTES)))
+        self._left[index] = set(parts)
+        return [(index, part) for part in parts]
 
 
 class _Pull:
@@ -472,22 +531,17 @@ class _Pull:
             FailureError: the publisher doesn't, or time is up.
         """
         digest = own.holding.manifest.digest
-        self.traffic.source = name
-        waiting = deque(sorted(own.holding.missing))
+        self.traffic.is_mapped, self.traffic.source = False, name
+        wanted = _Wanted(own)
         attempts: Counter[int] = Counter()
-        asked: set[int] = set()
         while own.holding.missing:
-            while waiting and len(asked) < WINDOW:
-                index = waiting.popleft()
-                there = own.found[index]
-                connection.ask("bucket", digest, index=index, base="" if there is None else there[1])
-                asked.add(index)
+            for index, part, base in wanted.next(WINDOW):
+                connection.ask("bucket", digest, index=index, part=part, base=base)
             try:
                 answer = connection.answer("bucket", digest, self._patient_until())
             except SilentError:
                 self._silent(connection, name)
-                waiting.extendleft(sorted(asked, reverse=True))
-                asked.clear()
+                wanted.ask_again()
                 continue
             except RefusedError as error:
                 raise self._refused(name, error) from error
@@ -495,39 +549,54 @@ class _Pull:
                 if name == ROOT:
                     raise self.failure("weights_gone", str(error)) from error
                 raise _SourceLostError(name, str(error)) from error
-            asked.discard(answer.index)
-            if answer.index not in own.holding.missing:
-                continue
-            if self._accept(own, answer):
+            index = answer.index
+            is_right = self._accept(own, answer, wanted)
+            del answer  # and its payload, before more is asked for
+            if is_right:
                 arrived()
+            if is_right is not False:
                 continue
-            attempts[answer.index] += 1
-            own.found[answer.index] = None  # next time whole
-            logger.warning("bucket %d of version %d arrived damaged", answer.index, self.offer.version)
-            if attempts[answer.index] >= MAX_ATTEMPTS:
-                why = f"bucket {answer.index} was damaged {MAX_ATTEMPTS} times"
+            attempts[index] += 1
+            wanted.damaged(index)
+            logger.warning("bucket %d of version %d arrived damaged", index, self.offer.version)
+            if attempts[index] >= MAX_ATTEMPTS:
+                why = f"bucket {index} was damaged {MAX_ATTEMPTS} times"
                 if name == ROOT:
                     raise self.failure("weights_corrupt", why)
                 raise _SourceLostError(name, why)
-            waiting.appendleft(answer.index)
 
-    def _accept(self, own: _Own, answer: Answer) -> bool:
-        """Take a bucket whose content has the digest that the manifest names; leave everything as it was otherwise."""
-        manifest, index = own.holding.manifest, answer.index
-        place = own.holding.content(index)
-        encoding = str(answer.header.get("encoding"))
-        content: Any = answer.payload
+    def _accept(self, own: _Own, answer: Answer, wanted: _Wanted) -> bool | None:
+        """Take a message.
+
+        Returns:
+            True where its bucket has the digest that the manifest names now, False where it is damaged, None where more
+            of it has to come, or it isn't wanted any more.
+        """
+        index, encoding = answer.index, str(answer.header.get("encoding"))
+        if not wanted.came(index, answer.part):
+            return None
+        manifest, place, before = own.holding.manifest, own.holding.content(index), own.found[index]
         if encoding == "delta":
             try:
                 content = apply_delta(answer.payload, np.frombuffer(place, dtype=np.uint8))
             except ValueError:
                 return False
-        if len(content) != len(place) or bucket_digest(content) != manifest.digests[index]:
-            return False
-        place[:] = memoryview(content)
+            if bucket_digest(content) != manifest.digests[index]:
+                return False
+            place[:] = content.data
+        else:
+            own.found[index] = None  # what lies there is neither the one nor the other until the last part is in
+            start = answer.part * SLICE_BYTES
+            if len(answer.payload) != len(place[start : start + SLICE_BYTES]):
+                return False
+            place[start : start + SLICE_BYTES] = answer.payload
+            if wanted.more(index):
+                self.traffic.received_bytes += len(answer.payload)
+                return None
+            if bucket_digest(place) != manifest.digests[index]:
+                return False
         self.traffic.received_bytes += len(answer.payload)
         self.traffic.encodings[encoding] += 1
-        before = own.found[index]
         if encoding == "delta" and before is not None and self._serves:
             own.holding.deltas.setdefault(before[1], {})[index] = bytes(answer.payload)
         own.found[index] = (manifest.digests[index], manifest.digest)
@@ -557,8 +626,10 @@ class _Pull:
             who = f"generator {name}" if name != ROOT else "the publisher"
             raise self.failure("weights_timeout", f"{who} didn't deliver within {self._deadline_s:g} s")
         if name != ROOT:
-            raise _SourceLostError(name, f"nothing came for {self._patience_s:g} s")
-        self._patience_s = min(2 * self._patience_s, MAX_PATIENCE_S)
+            why = "the connection ended" if connection.is_lost else f"nothing came for {self._patience_s:g} s"
+            raise _SourceLostError(name, why)
+        if not connection.is_lost:
+            self._patience_s = min(2 * self._patience_s, MAX_PATIENCE_S)
         connection.reconnect()
 
     def _refused(self, name: str, error: RefusedError) -> Exception:
@@ -584,3 +655,18 @@ def _copy_found(before: _Own, memory: Memory) -> None:
         if there is not None:
             start, end = before.holding.manifest.span(index)
             memory.view[start:end] = before.holding.content(index)
+
+
+def _copy_mapped(mapped: Holding, memory: Memory) -> list[tuple[bytes, str] | None]:
+    """The same from another process's memory, where its owner may be writing something else by now.
+
+    Returns:
+        What of it was found, by bucket.
+    """
+    found: list[tuple[bytes, str] | None] = []
+    for index, digest in enumerate(mapped.manifest.digests):
+        start, end = mapped.manifest.span(index)
+        memory.view[start:end] = mapped.content(index)
+        is_there = bucket_digest(memory.view[start:end]) == digest
+        found.append((digest, mapped.manifest.digest) if is_there else None)
+    return found

@@ -60,13 +60,14 @@ class RelayTree:
 
         Args:
             member: who asks. Asking again gives the same answer, unless its source is gone, or it is another process.
-            lost: the source it has, if that doesn't answer.
+            lost: endpoint of the source it has, if that doesn't answer. A later process by the same name isn't meant.
         """
         known = self._members.get(member.name)
         if known is not None and known != member:
             self._leave(member.name)
-        if lost and lost != member.name:
-            self._leave(lost)
+        gone = next((m.name for m in self._members.values() if lost and m.endpoint == lost), member.name)
+        if gone != member.name:
+            self._leave(gone)
         self._members[member.name] = member
         if member.name not in self._parents:
             self._place(member)

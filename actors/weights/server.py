@@ -5,7 +5,8 @@ frame, the answer is a MessagePack header and a payload frame. Requests name a m
 mixed up between versions. What a relay doesn't have yet it answers when it has it.
 
     manifest {digest}                   -> {}, packed manifest
-    bucket   {digest, index, base}      -> {encoding: full | delta}, content; base is what the client's bucket is from
+    bucket   {digest, index, part, base} -> {encoding: full | delta}, content; base is what the client's bucket is from;
+                                           in full it comes in parts, so that no message is large
     memory   {digest}                   -> {memory}, where processes of this host map it, once it is whole
     sources  {digest, member, lost}     -> {source}, whom to pull from (the publisher alone answers)
     done     {digest}                   no answer; the client needs nothing more of it
@@ -37,13 +38,15 @@ POLL_MS = 500
 LOOPBACK = "127.0.0.1"
 ZAP_DOMAIN = "weights"
 ZERO_COPY_BYTES = 65536
+SLICE_BYTES = 2 << 20
+"""Of a bucket in one message. CURVE holds three copies of a message while it is under way, on each side."""
 WAKE = "inproc://wake"
 KEPT_NAMES = 16
 MAX_WAITING = 10_000
 IDLE_S = 30.0
 """A client that has asked for nothing for so long has given up."""
 Directory = Callable[[str, Relay, str | None], Relay | None]
-"""Whom a member pulls a version from: digest, member, the source it lost; None for this server itself."""
+"""Whom a member pulls a version from: digest, member, endpoint of the source it lost; None for this server itself."""
 
 
 class NotLoopbackError(ValueError):
@@ -78,16 +81,17 @@ class _Request:
     operation: str
     digest: str
     index: int
+    part: int
     base: str
     fields: dict[str, Any]
 
     @property
-    def place(self) -> tuple[bytes, str, str, int]:
-        return self.client, self.operation, self.digest, self.index
+    def place(self) -> tuple[bytes, str, str, int, int]:
+        return self.client, self.operation, self.digest, self.index, self.part
 
     @property
     def header(self) -> dict[str, Any]:
-        return {"op": self.operation, "digest": self.digest, "index": self.index}
+        return {"op": self.operation, "digest": self.digest, "index": self.index, "part": self.part}
 
 
 class WeightServer:
@@ -113,7 +117,7 @@ class WeightServer:
             )
         self._directory = directory
         self._holdings: dict[str, Holding] = {}
-        self._waiting: dict[tuple[bytes, str, str, int], _Request] = {}
+        self._waiting: dict[tuple[bytes, str, str, int, int], _Request] = {}
         self._pulling: dict[str, dict[bytes, float]] = {}
         self._dropped: deque[str] = deque(maxlen=KEPT_NAMES)
         self._refused: set[bytes] = set()
@@ -234,6 +238,7 @@ class WeightServer:
                 exactly(str, fields["op"]),
                 exactly(str, fields["digest"]),
                 exactly(int, fields.get("index", 0)),
+                exactly(int, fields.get("part", 0)),
                 exactly(str, fields.get("base", "")),
                 fields,
             )
@@ -295,16 +300,21 @@ class WeightServer:
                 delta = holding.deltas.get(request.base, {}).get(request.index)
                 if delta is not None:
                     return {"encoding": "delta"}, delta
-                return {"encoding": "full"}, holding.content(request.index)
+                content = holding.content(request.index)
+                start = request.part * SLICE_BYTES
+                if start == 0 or 0 < start < len(content):
+                    return {"encoding": "full"}, content[start : start + SLICE_BYTES]
         return {"error": f"there is no {request.operation} {request.index}"}, b""
 
     def _send(self, client: bytes, header: dict[str, Any], payload: Any) -> None:
+        nbytes = len(payload) if "encoding" in header else 0
+        self.egress_bytes += nbytes  # before the client has it, and may look
         try:
             frames = [client, msgpack.packb(header), payload]
             self._socket.send_multipart(frames, copy=len(payload) < ZERO_COPY_BYTES, flags=zmq.NOBLOCK)
-            self.egress_bytes += len(payload) if "encoding" in header else 0
         except zmq.ZMQError as error:  # the client is gone or doesn't read: it will ask again
             logger.info("weight server: an answer could not be sent: %s", error)
+            self.egress_bytes -= nbytes
 
 
 def is_loopback(host: str) -> bool:

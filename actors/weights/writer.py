@@ -1,7 +1,8 @@
 """Writes one part of a policy version into memory as the source hands it over: casts, digests, and the delta.
 
-Where the memory holds the version before, that is overwritten bucket by bucket, and what changed is kept as the
-exclusive or of old and new bytes, compressed: at small learning rates few 16-bit words change, so it is mostly zeros.
+Where the version before is at hand, what changed is kept as the exclusive or of old and new bytes, compressed: at small
+learning rates few 16-bit words change, so it is mostly zeros. It may lie in the same memory: then it is overwritten
+bucket by bucket.
 """
 
 from __future__ import annotations
@@ -70,39 +71,41 @@ def apply_delta(packed: bytes | memoryview, old: Bytes) -> Bytes:
     if len(packed) == 0:
         return old
     try:
-        changes = np.frombuffer(lz4.block.decompress(packed, uncompressed_size=len(old)), dtype=np.uint8)
+        plain = lz4.block.decompress(packed, uncompressed_size=len(old), return_bytearray=True)
     except lz4.block.LZ4BlockError as error:
         raise ValueError(f"not a delta: {error}") from error
-    if len(changes) != len(old):
-        raise ValueError(f"a delta of {len(changes)} bytes for a bucket of {len(old)}")
-    return np.bitwise_xor(old, changes)
+    if len(plain) != len(old):
+        raise ValueError(f"a delta of {len(plain)} bytes for a bucket of {len(old)}")
+    changes = np.frombuffer(plain, dtype=np.uint8)
+    return np.bitwise_xor(old, changes, out=changes)
 
 
 class VersionWriter:
     """A sink of one version's tensors. Make it, let the source read into it, then :meth:`finish`."""
 
-    def __init__(
-        self, source: WeightSource, memory: Memory, *, bucket_bytes: int, base: Manifest | None = None
-    ) -> None:
+    def __init__(self, source: WeightSource, memory: Memory, *, bucket_bytes: int, base: Holding | None = None) -> None:
         """
         Args:
             source: whose layout it is.
             memory: of at least its size; claimed by this process.
             bucket_bytes: size of a bucket.
-            base: the version that lies in the memory now; with it, the delta is made.
+            base: the version before, in this memory or in another; with it, the delta is made.
         """
         self._source = source
         self._bucket_bytes = bucket_bytes
         self._target = np.frombuffer(memory.view, dtype=np.uint8)[: source.nbytes]
         memory.clear_checked()
-        self._base = base if base is not None and _same_layout(base, source, bucket_bytes) else None
-        self._delta = Delta(self._base.digest) if self._base is not None else None
+        if base is not None and not _same_layout(base.manifest, source, bucket_bytes):
+            base = None
+        self._delta = Delta(base.manifest.digest) if base is not None else None
+        self._old = np.frombuffer(base.memory.view, dtype=np.uint8) if base is not None else self._target
+        self._is_in_place = base is not None and base.memory is memory
         self._count = bucket_count(source.nbytes, bucket_bytes)
         self._digests: list[Future[bytes]] = []
-        # Buckets are finished beside the reading of the next one. With a delta the new content waits in one of two
-        # spare buckets for the old one to be compared; without, it is written where it stays.
+        # Buckets are finished beside the reading of the next one. Where the old content is still there, the new one
+        # waits in one of two spare buckets for it to be compared; elsewhere, it is written where it stays.
         self._worker = ThreadPoolExecutor(1, "weights-writer")
-        self._spare = [np.empty(bucket_bytes, np.uint8) for _ in range(2)] if self._base is not None else []
+        self._spare = [np.empty(bucket_bytes, np.uint8) for _ in range(2)] if base is not None else []
         self._changed = 0
         self._written = 0
 
@@ -144,17 +147,17 @@ class VersionWriter:
             self._finish_before(bucket)
             offset = bucket * self._bucket_bytes
             stop = min(end, offset + self._bucket_bytes)
-            if self._base is None:
-                yield self._target[start:stop], start
-            else:
+            if self._is_in_place:
                 yield self._spare[bucket % 2][start - offset : stop - offset], start
+            else:
+                yield self._target[start:stop], start
             start = stop
 
     def _finish_before(self, bucket: int) -> None:
         """Every bucket before this one is complete."""
         while len(self._digests) < bucket:
             index = len(self._digests)
-            if self._base is not None and index >= 1:
+            if self._is_in_place and index >= 1:
                 self._digests[index - 1].result()  # its spare bucket is the next one's
             self._digests.append(self._worker.submit(self._finish, index))
 
@@ -162,13 +165,15 @@ class VersionWriter:
         start = index * self._bucket_bytes
         content = self._target[start : start + self._bucket_bytes]
         if self._delta is not None:
-            new = self._spare[index % 2][: len(content)]
-            np.bitwise_xor(content, new, out=content)
-            self._changed += _changed_words(content, self._source.entries[0].dtype)
-            packed = encode_delta(content)
+            old, spare = self._old[start : start + len(content)], self._spare[index % 2][: len(content)]
+            new, difference = (spare, content) if self._is_in_place else (content, spare)
+            np.bitwise_xor(old, new, out=difference)
+            self._changed += _changed_words(difference, self._source.entries[0].dtype)
+            packed = encode_delta(difference)
             if packed is not None:
                 self._delta.buckets[index] = packed
-            content[:] = new
+            if self._is_in_place:
+                content[:] = new
         return bucket_digest(content)
 
 

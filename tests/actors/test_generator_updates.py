@@ -101,6 +101,32 @@ async def test_with_recomputed_caches_everything_after_the_seam_is_the_new_weigh
 
 
 @engine_test
+async def test_a_request_that_waits_while_weights_are_loaded_finds_nothing_that_the_old_ones_computed(setup: Setup):
+    """Its prompt is cached, as the old weights computed it; all its tokens are sampled with the new ones."""
+    await setup.generator.load_weights(setup.policy.perturb())
+    held, prompt = setup.generator._weights, setup.prompt("a long story " * 12)
+    await setup.sample(prompt, 1, SamplingConfig(max_tokens=8))
+    load, waiting = held._load, []
+
+    async def load_late(*arguments: Any) -> None:
+        waiting.append(asyncio.create_task(setup.sample(prompt, 2, SamplingConfig(max_tokens=8))))
+        async with asyncio.timeout(20):
+            while setup.generator._engine.output_processor.get_num_unfinished_requests() < 2:
+                await asyncio.sleep(0.005)
+        await load(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(held, "_load", load_late)
+        await setup.generator.load_weights(setup.policy.perturb())
+    generation = await waiting[0]
+    assert len(generation.prompt_token_ids) > setup.generator._engine.vllm_config.cache_config.block_size
+    for completion in generation.completions:
+        assert set(completion.policy_versions) == {setup.policy.version}
+        expected = setup.trainer_log_probs(prompt, generation, completion)
+        assert torch.from_numpy(completion.log_probs).sub(expected).abs().max() < 1e-5
+
+
+@engine_test
 async def test_waiting_for_running_requests_finishes_them_with_the_old_weights(setup: Setup):
     await setup.generator.load_weights(setup.policy.perturb())
     old = setup.policy.version

@@ -1,0 +1,224 @@
+"""The weight-sync benchmark's cases with a real vLLM engine: a larger model without Ray, the demo's with all of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from statistics import median, quantiles
+from types import ModuleType
+from typing import Any
+
+from weight_sync_processes import DEADLINE_S, WARMUP, Arrival, Peer, Row, Sync, Trainer, Workload, interleaved, starting
+
+from actors.config import DeadlineConfig, GeneratorConfig, ModelConfig, TrainerConfig, WeightsConfig
+from actors.vllm_engine import engine_environment
+from actors.weights.offer import WeightsOffer
+from actors.weights.source import DTYPES
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 1 << 30
+SMALL_BYTES = GIB // 4
+"""A model below this gets a small vocabulary and narrow layers."""
+PAUSE_SHARE = 0.25
+DEMO_S = 0.06
+MAX_LENGTH = 256
+ENGINE = GeneratorConfig(enforce_eager=True, kv_cache_gib=0.25, max_sequences=32)
+DEMO_ENGINE = GeneratorConfig(enforce_eager=True, kv_cache_gib=0.5)
+DEMO_PARTS = ("gather", "transfer", "load", "pause", "verify", "other")
+
+
+def engine_case(workload: Workload, repeats: int) -> list[Row]:
+    """Into a running engine, by shared memory and over the network: what it takes, and how long generation stands."""
+    rows, dtype = [], workload.dtype
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        with Peer(EngineModel) as maker:
+            size = maker.call("write", folder, workload.nbytes, dtype)
+        for way, maps_memory in (("shared memory", True), ("TCP, CURVE", False)):
+            route = "memory" if maps_memory else "network"
+            with contextlib.ExitStack() as stack:
+                environment = engine_environment(ENGINE)
+                engine = starting(stack, EngineSink, folder, dtype, maps_memory, environment=environment)
+                sync = Sync(starting(stack, trainer_of, folder, dtype, workload.bucket_bytes), [engine])
+                figures = interleaved({"sync": partial(sync.once, route)}, repeats)["sync"]
+            name, whole = f"engine of {size / GIB:.2f} GiB, {way}, {dtype}", figures["seconds"]
+            rows.append(Row(name, whole, size))
+            rows += [Row(f"{name}: {part}", figures[part], size) for part in ("gather", "transfer", "load")]
+            share = figures["pause"] / whole
+            limit = f"the whole sync: {whole:.3f} s"
+            rows.append(Row(f"{name}: pause", figures["pause"], None, limit, share, at_most=PAUSE_SHARE))
+    return rows
+
+
+def demo_case(versions: int) -> list[Row]:
+    """The demo's policy from trainer to generator over Ray, gathered, published, loaded and proven, after each step."""
+    with Peer(DemoRun) as run:
+        syncs: list[dict[str, float]] = run.call("syncs", versions)
+    rows = []
+    for name in ("seconds", *DEMO_PARTS):
+        all_seconds = [sync[name] for sync in syncs]
+        middle = median(all_seconds)
+        most = quantiles(all_seconds, n=10)[-1] if len(all_seconds) > 1 else middle
+        spread = f"p90: {1000 * most:.1f} ms, least: {1000 * min(all_seconds):.1f} ms"
+        if name == "seconds":
+            limit = f"{1000 * DEMO_S:g} ms; {spread}"
+            rows.append(Row("demo, end to end, float32", middle, None, limit, middle / DEMO_S, at_most=1.0))
+        else:
+            rows.append(Row(f"demo, float32: {name}", middle, None, spread))
+    return rows
+
+
+def digits() -> ModuleType:
+    """The demo's own file, for its model, tokenizer and prompts."""
+    spec = importlib.util.spec_from_file_location("digits_recipe", ROOT / "recipes" / "digits.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class EngineModel:
+    """Makes the engine's model, in a process that ends with it."""
+
+    def write(self, folder: Path, nbytes: int, dtype: str) -> int:
+        """Write a Llama of about so many bytes with the demo's tokenizer. Returns how many it has."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        is_small = nbytes < SMALL_BYTES
+        width, inner, vocabulary = (128, 352, 512) if is_small else (1024, 2816, 49_152)
+        heads = width // 64
+        a_layer = 3 * width * width + 3 * width * inner + 2 * width
+        layers = max(1, round((nbytes / DTYPES[dtype].itemsize - vocabulary * width) / a_layer))
+        tokenizer = digits().make_tokenizer()
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
+            max_position_embeddings=MAX_LENGTH,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = LlamaForCausalLM(config).to(DTYPES[dtype])
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def trainer_of(folder: Path, dtype: str, bucket_bytes: int) -> Trainer:
+    """A trainer of that model."""
+    from transformers import LlamaForCausalLM
+
+    return Trainer(LlamaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]), dtype, bucket_bytes)
+
+
+class EngineSink:
+    """A generator with its engine, without Ray."""
+
+    def __init__(self, folder: Path, dtype: str, maps_memory: bool) -> None:
+        from actors.generator import Generator, GeneratorSpec
+
+        self._runner = asyncio.Runner()
+        spec = GeneratorSpec(
+            ModelConfig(path=folder, precision=dtype, max_length=MAX_LENGTH),
+            ENGINE,
+            DeadlineConfig(sync_s=DEADLINE_S),
+            folder / "media",
+            weights=WeightsConfig(canaries=0, shared_memory=maps_memory),
+        )
+        self._generator = Generator(spec)
+        self._runner.run(self._generator.ready())
+
+    def receive(self, offer: WeightsOffer) -> Arrival:
+        """Receive a version and load it."""
+        receipt = self._runner.run(self._generator.load_weights(offer))
+        parts = {"transfer": receipt.transfer_s, "load": receipt.load_s, "pause": receipt.pause_s}
+        return Arrival(time.perf_counter(), receipt.route, receipt.received_bytes, parts)
+
+    def close(self) -> None:
+        self._runner.run(self._generator.stop())
+        self._runner.close()
+
+
+class DemoRun:
+    """A run of the demo without its rollouts: a trainer, a generator, and what brings versions between them."""
+
+    def syncs(self, versions: int) -> list[dict[str, float]]:
+        """Seconds of so many syncs after the first ones, each in its parts."""
+        with tempfile.TemporaryDirectory() as place:
+            return asyncio.run(self._syncs(Path(place), versions))
+
+    async def _syncs(self, folder: Path, versions: int) -> list[dict[str, float]]:
+        from orchestrator.publication import proof_prompts, publish
+        from rollout.media import MediaStore
+        from tests.actors.training_samples import make_samples
+
+        demo = digits()
+        demo.build(folder / "model", seed=0)
+        media = folder / "media"
+        prompts = proof_prompts(list(demo.digits_sum(MediaStore(media), "train", pairs=8)), WeightsConfig().canaries)
+        samples = make_samples(folder / "model", media, 8)
+        found = []
+        async with _voices(folder, versions) as (policy, fleet):
+            for version in range(1 + WARMUP + versions):
+                if version:
+                    await policy.update(samples, kl_coefficient=0.0)
+                started = time.perf_counter()
+                told = await publish(policy, fleet, version, prompts)
+                seconds = time.perf_counter() - started
+                parts = {"gather": told.gather_s, "transfer": told.transfer_s, "load": told.load_s}
+                parts |= {"pause": told.pause_s, "verify": told.verify_s}
+                other = seconds - told.gather_s - told.transfer_s - told.pause_s - told.verify_s
+                if version > WARMUP:
+                    found.append({"seconds": seconds, **parts, "other": other})
+        return found
+
+
+@contextlib.asynccontextmanager
+async def _voices(folder: Path, versions: int) -> AsyncIterator[tuple[Any, Any]]:
+    """The trainer and the fleet of one generator, over Ray, as a run starts them."""
+    from actors.generator import GeneratorSpec
+    from actors.generator_handle import GeneratorHandle
+    from actors.policy import PolicyGroup, PolicySpec
+    from algorithms.config import AlgorithmConfig
+    from orchestrator.cluster import ray_cluster
+    from orchestrator.config import ClusterConfig
+    from orchestrator.fleet import GeneratorFleet
+
+    model = ModelConfig(path=folder / "model", precision="float32", max_length=96)
+    deadlines, media = DeadlineConfig(), folder / "media"
+    policy_spec = PolicySpec(
+        model=model,
+        trainer=TrainerConfig(learning_rate=4e-4, micro_batch_tokens=12_288),
+        algorithm=AlgorithmConfig(),
+        deadlines=deadlines,
+        temperature=1.0,
+        media_folder=media,
+        seed=0,
+        total_updates=versions + WARMUP,
+    )
+
+    async def launch(name: str) -> GeneratorHandle:
+        return await GeneratorHandle.start(GeneratorSpec(model, DEMO_ENGINE, deadlines, media, name=name))
+
+    def on_event(kind: str, **data: Any) -> None:
+        raise RuntimeError(f"{kind}: {data}")
+
+    fleet = GeneratorFleet(launch, deadlines.start_s, on_event)
+    async with ray_cluster(ClusterConfig(), deadlines):
+        policy, _ = await asyncio.gather(PolicyGroup.start(policy_spec), fleet.start(1))
+        try:
+            yield policy, fleet
+        finally:
+            await asyncio.gather(fleet.stop(), policy.stop())

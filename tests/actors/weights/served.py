@@ -1,0 +1,47 @@
+"""A weight server with something to serve, and how a test asks it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import zmq
+
+from actors.weights.connection import Answer, Connection
+from actors.weights.memory import Memory
+from actors.weights.offer import Keys
+from actors.weights.server import Holding, WeightServer
+from tests.actors.weights.versions import random_tensors, source_of, written
+
+DEADLINE_S = 20.0
+SILENCE_S = 0.5
+"""Long enough for an answer, if there were one."""
+BUCKET_BYTES = 256
+
+
+def new_keys() -> Keys:
+    """Of another run."""
+    return Keys(*zmq.curve_keypair())
+
+
+def holding_of(count: int = 500, seed: int = 0) -> Holding:
+    """A version of so many floats; by default 2,000 bytes in 8 buckets."""
+    source = source_of(random_tensors(count, seed=seed))
+    memory = Memory.create(source.nbytes)
+    manifest, _ = written(source, memory, BUCKET_BYTES)
+    memory.unclaim()
+    return Holding(manifest, memory)
+
+
+def serving(**options: Any) -> Iterator[WeightServer]:
+    """One server, stopped after the loop over it; takes what WeightServer takes, and is unencrypted by default."""
+    server = WeightServer(**{"keys": None, **options})
+    yield server
+    server.stop()
+
+
+def asked(connection: Connection, operation: str, digest: str, within_s: float = DEADLINE_S, **fields: Any) -> Answer:
+    """The answer to one request."""
+    connection.ask(operation, digest, **fields)
+    return connection.answer(operation, digest, time.monotonic() + within_s)
