@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from weight_sync_processes import WORDS, Workload
 
-from actors.weights.receiver import WINDOW
+from actors.weights.pull import WINDOW
 
 LOOPBACK = "127.0.0.1"
 HERE = Path(__file__).resolve().parent

@@ -11,31 +11,20 @@ import logging
 import threading
 import time
 import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import zmq
 
-from actors.weights.connection import Answer, Connection, GoneError, RefusedError, SilentError
-from actors.weights.manifest import Manifest, ManifestError, Part, bucket_digest
+from actors.weights.connection import Connection
+from actors.weights.manifest import Manifest, Part, bucket_digest
 from actors.weights.memory import Memory, MemoryAddress, NoRoomError, host_identity
 from actors.weights.offer import Keys, PartOffer, WeightsOffer
+from actors.weights.pull import Own, Pull, SourceLostError, refusal
 from actors.weights.relays import ROOT, Relay
-from actors.weights.server import LOOPBACK, SLICE_BYTES, Holding, WeightServer
-from actors.weights.writer import apply_delta
-from rollout.failures import Failure, FailureError, FailureKind
+from actors.weights.server import LOOPBACK, Holding, WeightServer
 
 logger = logging.getLogger(__name__)
-
-WINDOW = 2
-"""Buckets under way at a time. So many of them are the memory that is needed beyond the version itself, and one more
-while one is being decrypted."""
-MAX_ATTEMPTS = 4
-"""How often a bucket may arrive damaged from one source."""
-MAX_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -91,33 +80,6 @@ class ReceivedWeights:
     source: str
 
 
-@dataclass(eq=False)
-class _Own:
-    """What this process holds of one part in memory of its own.
-
-    Attributes:
-        holding: the part, perhaps not whole yet.
-        found: digest of what lies in each bucket, and of the manifest it came with; None where nothing useful does.
-    """
-
-    holding: Holding
-    found: list[tuple[bytes, str] | None]
-
-
-@dataclass(eq=False)
-class _Traffic:
-    received_bytes: int = 0
-    encodings: Counter[str] = field(default_factory=Counter)
-    source: str = ROOT
-    is_mapped: bool = False
-
-    @property
-    def route(self) -> str:
-        if self.is_mapped:
-            return "memory"
-        return "delta" if self.encodings["delta"] > self.encodings["full"] else "network"
-
-
 class WeightReceiver:
     """Receives versions, one at a time. Blocking; call it from a thread."""
 
@@ -130,8 +92,8 @@ class WeightReceiver:
         self._root_of: tuple[str, bytes, Keys | None] = ("", b"", None)
         self._server: WeightServer | None = None
         self._server_keys: Keys | None = None
-        self._own: dict[Part, _Own] = {}
-        self._older: dict[Part, _Own] = {}  # the version before, where it couldn't be written over
+        self._own: dict[Part, Own] = {}
+        self._older: dict[Part, Own] = {}  # the version before, where it couldn't be written over
         self._mapped: dict[Part, tuple[MemoryAddress, Holding]] = {}
         self._loaded: set[str] = set()
         self._newest = (-1, -1)
@@ -152,10 +114,12 @@ class WeightReceiver:
         with self._busy:
             if offer.order < self._newest:
                 why = f"policy version {offer.version} is older than version {self._newest[1]}, which is here already"
-                raise _failure("weights_superseded", why)
+                raise refusal("weights_superseded", why)
             if anew:
                 self._forget()
-            pull = _Pull(self, offer, time.monotonic() + deadline_s, deadline_s, checks_all=anew)
+            pull = Pull(
+                self.root(offer), self.settings, offer, time.monotonic() + deadline_s, deadline_s, checks_all=anew
+            )
             try:
                 parts = [self._obtain(part, pull) for part in offer.parts if self._is_wanted(part)]
             except NoRoomError as error:
@@ -208,7 +172,7 @@ class WeightReceiver:
         self._mapped.clear()
         self._loaded.clear()
 
-    def _unserve(self, own: _Own) -> None:
+    def _unserve(self, own: Own) -> None:
         if self._server is not None:
             self._server.drop(own.holding.manifest.digest)
 
@@ -239,7 +203,7 @@ class WeightReceiver:
             return Relay(self.name, self._host, "", "")
         return Relay(self.name, self._host, self._server.endpoint, self._server.server_key.decode())
 
-    def _obtain(self, part: PartOffer, pull: _Pull) -> ReceivedPart:
+    def _obtain(self, part: PartOffer, pull: Pull) -> ReceivedPart:
         own = self._own.get(part.part)
         if own is not None and own.holding.manifest.digest == part.digest and not own.holding.missing:
             return ReceivedPart(own.holding, is_mapped=False)
@@ -254,7 +218,7 @@ class WeightReceiver:
                 return ReceivedPart(holding, is_mapped=True)
         return self._pull_part(manifest, pull)
 
-    def _pull_part(self, manifest: Manifest, pull: _Pull) -> ReceivedPart:
+    def _pull_part(self, manifest: Manifest, pull: Pull) -> ReceivedPart:
         """Over the network, or from another generator's memory on this host; a source that fails is replaced."""
         member, lost = self.member(pull.offer), None
         while True:
@@ -274,7 +238,7 @@ class WeightReceiver:
                     pull.done(manifest.digest)
                     return ReceivedPart(holding, is_mapped=True)
                 break
-            except _SourceLostError as error:
+            except SourceLostError as error:
                 logger.info("%s: %s no longer serves version %d: %s", self.name, error.name, manifest.version, error)
                 lost = None if source is None else source.endpoint
         pull.done(manifest.digest)
@@ -284,11 +248,11 @@ class WeightReceiver:
         if self._server is not None:
             self._server.arrived()
 
-    def _map_from(self, connection: Connection, name: str, manifest: Manifest, pull: _Pull) -> Holding | None:
+    def _map_from(self, connection: Connection, name: str, manifest: Manifest, pull: Pull) -> Holding | None:
         """The memory of a process of this host, once it has all of it; None where there is none to be had.
 
         Raises:
-            _SourceLostError: this generator doesn't answer.
+            SourceLostError: this generator doesn't answer.
         """
         address = pull.address(connection, name, manifest.digest)
         holding = None if address is None else self._map(manifest, address, checks_all=pull.checks_all)
@@ -301,7 +265,7 @@ class WeightReceiver:
             own.holding.memory.close()
         return holding
 
-    def _prepare(self, manifest: Manifest) -> _Own:
+    def _prepare(self, manifest: Manifest) -> Own:
         """Memory for a version, with what is there of it already: an interrupted pull, or buckets that didn't change.
 
         The version before is written over, unless somebody pulls or maps it.
@@ -334,12 +298,12 @@ class WeightReceiver:
         if not missing:
             memory.unclaim()
         self._retire(manifest.part, before, is_written_over=before is not None and before.holding.memory is memory)
-        own = self._own[manifest.part] = _Own(Holding(manifest, memory, missing), found)
+        own = self._own[manifest.part] = Own(Holding(manifest, memory, missing), found)
         if self._server is not None:
             self._server.hold(own.holding)
         return own
 
-    def _retire(self, part: Part, before: _Own | None, *, is_written_over: bool) -> None:
+    def _retire(self, part: Part, before: Own | None, *, is_written_over: bool) -> None:
         """There is a later version: the one before is served until the next one, if somebody is still pulling it."""
         older = self._older.pop(part, None)
         if older is not None:
@@ -351,10 +315,10 @@ class WeightReceiver:
         else:
             self._older[part] = before
 
-    def _is_pulled(self, own: _Own) -> bool:
+    def _is_pulled(self, own: Own) -> bool:
         return self._server is not None and self._server.is_pulled(own.holding.manifest.digest)
 
-    def _is_free(self, own: _Own) -> bool:
+    def _is_free(self, own: Own) -> bool:
         """Whether nobody pulls or maps it; then it is claimed."""
         return not self._is_pulled(own) and own.holding.memory.try_claim()
 
@@ -394,262 +358,11 @@ class WeightReceiver:
         return True
 
 
-class _SourceLostError(Exception):
-    """A relay is dead, silent, or serves damage."""
-
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(why)
-        self.name = name
-
-
-class _Wanted:
-    """Which messages are still to be asked for. A bucket comes as its changes, in one, or whole, in several."""
-
-    def __init__(self, own: _Own) -> None:
-        self._own = own
-        self._waiting: deque[tuple[int, int]] = deque()
-        self._asked: set[tuple[int, int]] = set()
-        self._left: dict[int, set[int]] = {}  # parts to come, of buckets that come whole
-        for index in sorted(own.holding.missing):
-            if own.found[index] is None:
-                self._waiting.extend(self._whole(index))
-            else:
-                self._waiting.append((index, 0))
-
-    def next(self, window: int) -> Iterator[tuple[int, int, str]]:
-        """Bucket, part and base of what to ask for now, so that so many messages are under way."""
-        while self._waiting and len(self._asked) < window:
-            index, part = self._waiting.popleft()
-            self._asked.add((index, part))
-            there = self._own.found[index]
-            yield index, part, "" if there is None or index in self._left else there[1]
-
-    def came(self, index: int, part: int) -> bool:
-        """A message is here. Whether it is wanted."""
-        is_expected = (index, part) in self._asked
-        self._asked.discard((index, part))
-        if is_expected and index in self._left:
-            self._left[index].discard(part)
-        return is_expected and index in self._own.holding.missing
-
-    def more(self, index: int) -> bool:
-        """Whether parts of a bucket that comes whole are to come yet; they are, if its changes were hoped for."""
-        if index not in self._left:
-            self._waiting.extendleft(reversed(self._whole(index)[1:]))
-            self._left[index].discard(0)
-        return bool(self._left[index])
-
-    def damaged(self, index: int) -> None:
-        """A bucket has to come again, whole."""
-        self._own.found[index] = None
-        self._asked = {unit for unit in self._asked if unit[0] != index}
-        self._waiting = deque(unit for unit in self._waiting if unit[0] != index)
-        self._waiting.extendleft(reversed(self._whole(index)))
-
-    def ask_again(self) -> None:
-        """Nothing that is under way will come."""
-        self._waiting.extendleft(sorted(self._asked, reverse=True))
-        self._asked.clear()
-
-    def _whole(self, index: int) -> list[tuple[int, int]]:
-        start, end = self._own.holding.manifest.span(index)
-        parts = range(max(1, -(-(end - start) // SLICE_BYTES)))
-        self._left[index] = set(parts)
-        return [(index, part) for part in parts]
-
-
-class _Pull:
-    """One call of :meth:`WeightReceiver.receive`: its deadline, its connection to the publisher, what it has moved."""
-
-    def __init__(
-        self, receiver: WeightReceiver, offer: WeightsOffer, until: float, deadline_s: float, *, checks_all: bool
-    ) -> None:
-        self.offer = offer
-        self.checks_all = checks_all
-        self.root = receiver.root(offer)
-        self.traffic = _Traffic()
-        self._until = until
-        self._deadline_s = deadline_s
-        self._patience_s = receiver.settings.patience_s
-        self._serves = receiver.settings.serves
-
-    def manifest(self, digest: str) -> Manifest:
-        """Ask the publisher until a manifest with the offered digest arrives."""
-        for _ in range(MAX_ATTEMPTS):
-            answer = self._ask_root("manifest", digest)
-            try:
-                manifest = Manifest.unpack(bytes(answer.payload))
-            except ManifestError as error:
-                logger.warning("the manifest of version %d arrived damaged: %s", self.offer.version, error)
-                continue
-            if manifest.digest == digest:
-                return manifest
-            logger.warning("the manifest of version %d arrived with a wrong digest", self.offer.version)
-        raise self.failure("weights_corrupt", "its manifest never had the digest that was offered")
-
-    def source(self, digest: str, member: Relay, lost: str | None) -> Relay | None:
-        """Whom to pull from; None for the publisher."""
-        fields = {"member": [member.name, member.host, member.endpoint, member.server_key], "lost": lost}
-        told = self._ask_root("sources", digest, **fields).header.get("source")
-        try:
-            return None if told is None else Relay(*map(str, told))
-        except TypeError as error:
-            raise self.failure("weights_corrupt", f"its publisher named a source {told!r}") from error
-
-    def address(self, connection: Connection, name: str, digest: str) -> MemoryAddress | None:
-        """Where a server's memory of a version is, once it has all of it; None where it doesn't say.
-
-        Raises:
-            _SourceLostError: this generator doesn't answer.
-            FailureError: the publisher doesn't, and time is up; or it refuses this run's keys.
-        """
-        try:
-            while True:
-                connection.ask("memory", digest)
-                with contextlib.suppress(SilentError):
-                    answer = connection.answer("memory", digest, self._patient_until())
-                    return MemoryAddress.of_fields(answer.header["memory"])
-                connection.ask("manifest", digest)  # while it is still pulling, it answers that at once
-                connection.answer("manifest", digest, self._patient_until())
-        except SilentError:
-            self._silent(connection, name)
-        except RefusedError as error:
-            raise self._refused(name, error) from error
-        except (GoneError, KeyError, TypeError, ValueError) as error:
-            logger.info("no memory of version %d to be mapped: %r", self.offer.version, error)
-        return None
-
-    def done(self, digest: str, connection: Connection | None = None) -> None:
-        """Tell a source, or the publisher, that nothing more is needed of it."""
-        (connection or self.root).ask("done", digest)
-
-    def buckets(self, own: _Own, connection: Connection, name: str, arrived: Callable[[], None]) -> None:
-        """Fill in what is missing, a few buckets under way at a time.
-
-        Raises:
-            _SourceLostError: this relay doesn't serve any more.
-            FailureError: the publisher doesn't, or time is up.
-        """
-        digest = own.holding.manifest.digest
-        self.traffic.is_mapped, self.traffic.source = False, name
-        wanted = _Wanted(own)
-        attempts: Counter[int] = Counter()
-        while own.holding.missing:
-            for index, part, base in wanted.next(WINDOW):
-                connection.ask("bucket", digest, index=index, part=part, base=base)
-            try:
-                answer = connection.answer("bucket", digest, self._patient_until())
-            except SilentError:
-                self._silent(connection, name)
-                wanted.ask_again()
-                continue
-            except RefusedError as error:
-                raise self._refused(name, error) from error
-            except GoneError as error:
-                if name == ROOT:
-                    raise self.failure("weights_gone", str(error)) from error
-                raise _SourceLostError(name, str(error)) from error
-            index = answer.index
-            is_right = self._accept(own, answer, wanted)
-            del answer  # and its payload, before more is asked for
-            if is_right:
-                arrived()
-            if is_right is not False:
-                continue
-            attempts[index] += 1
-            wanted.damaged(index)
-            logger.warning("bucket %d of version %d arrived damaged", index, self.offer.version)
-            if attempts[index] >= MAX_ATTEMPTS:
-                why = f"bucket {index} was damaged {MAX_ATTEMPTS} times"
-                if name == ROOT:
-                    raise self.failure("weights_corrupt", why)
-                raise _SourceLostError(name, why)
-
-    def _accept(self, own: _Own, answer: Answer, wanted: _Wanted) -> bool | None:
-        """Take a message.
-
-        Returns:
-            True where its bucket has the digest that the manifest names now, False where it is damaged, None where more
-            of it has to come, or it isn't wanted any more.
-        """
-        index, encoding = answer.index, str(answer.header.get("encoding"))
-        if not wanted.came(index, answer.part):
-            return None
-        manifest, place, before = own.holding.manifest, own.holding.content(index), own.found[index]
-        if encoding == "delta":
-            try:
-                content = apply_delta(answer.payload, np.frombuffer(place, dtype=np.uint8))
-            except ValueError:
-                return False
-            if bucket_digest(content) != manifest.digests[index]:
-                return False
-            place[:] = content.data
-        else:
-            own.found[index] = None  # what lies there is neither the one nor the other until the last part is in
-            start = answer.part * SLICE_BYTES
-            if len(answer.payload) != len(place[start : start + SLICE_BYTES]):
-                return False
-            place[start : start + SLICE_BYTES] = answer.payload
-            if wanted.more(index):
-                self.traffic.received_bytes += len(answer.payload)
-                return None
-            if bucket_digest(place) != manifest.digests[index]:
-                return False
-        self.traffic.received_bytes += len(answer.payload)
-        self.traffic.encodings[encoding] += 1
-        if encoding == "delta" and before is not None and self._serves:
-            own.holding.deltas.setdefault(before[1], {})[index] = bytes(answer.payload)
-        own.found[index] = (manifest.digests[index], manifest.digest)
-        if own.holding.missing == {index}:
-            own.holding.memory.unclaim()  # before others are told that it is whole
-        own.holding.missing.discard(index)
-        return True
-
-    def _ask_root(self, operation: str, digest: str, **fields: object) -> Answer:
-        while True:
-            self.root.ask(operation, digest, **fields)
-            try:
-                return self.root.answer(operation, digest, self._patient_until())
-            except SilentError:
-                self._silent(self.root, ROOT)
-            except RefusedError as error:
-                raise self._refused(ROOT, error) from error
-            except GoneError as error:
-                raise self.failure("weights_gone", str(error)) from error
-
-    def _patient_until(self) -> float:
-        return min(self._until, time.monotonic() + self._patience_s)
-
-    def _silent(self, connection: Connection, name: str) -> None:
-        """Nothing came in time: a relay is given up, the publisher gets another connection and more time."""
-        if time.monotonic() >= self._until:
-            who = f"generator {name}" if name != ROOT else "the publisher"
-            raise self.failure("weights_timeout", f"{who} didn't deliver within {self._deadline_s:g} s")
-        if name != ROOT:
-            why = "the connection ended" if connection.is_lost else f"nothing came for {self._patience_s:g} s"
-            raise _SourceLostError(name, why)
-        if not connection.is_lost:
-            self._patience_s = min(2 * self._patience_s, MAX_PATIENCE_S)
-        connection.reconnect()
-
-    def _refused(self, name: str, error: RefusedError) -> Exception:
-        """A relay that refuses this run's keys is another run's, at the address of one that has ended."""
-        return self.failure("weights_refused", str(error)) if name == ROOT else _SourceLostError(name, str(error))
-
-    def failure(self, reason: str, why: str) -> FailureError:
-        """What went wrong with this offer."""
-        return _failure(reason, f"weights of policy version {self.offer.version} from {self.offer.endpoint}: {why}")
-
-
-def _failure(reason: str, message: str) -> FailureError:
-    return FailureError(Failure(FailureKind.INFRASTRUCTURE, reason, message))
-
-
 def _fits(before: Manifest, after: Manifest) -> bool:
     return (before.nbytes, before.bucket_bytes) == (after.nbytes, after.bucket_bytes)
 
 
-def _copy_found(before: _Own, memory: Memory) -> None:
+def _copy_found(before: Own, memory: Memory) -> None:
     """What an old version's buckets hold, into new memory: unchanged ones stay, deltas start from the others."""
     for index, there in enumerate(before.found):
         if there is not None:

@@ -137,7 +137,7 @@ class SteppingConnection(Connection):
             STEPS.reach(f"{operation}_asked")
 
 
-class SteppingPull(receiver_module._Pull):
+class SteppingPull(receiver_module.Pull):
     """Phases `manifest_there`, `source_told`, `address_told`, and `first_bucket`, `middle_bucket`, `last_bucket`."""
 
     _wanted = _taken = 0
@@ -344,7 +344,7 @@ def serve(path: str) -> None:
     receiver_module.Connection = SteppingConnection  # type: ignore[misc]
     receiver_module.Memory = SteppingMemory  # type: ignore[misc]
     receiver_module.WeightServer = publisher_module.WeightServer = SteppingServer  # type: ignore[misc]
-    receiver_module._Pull = SteppingPull  # type: ignore[misc]
+    receiver_module.Pull = SteppingPull  # type: ignore[misc]
     logging.getLogger().addHandler(Told(logging.WARNING))
     STEPS.connection = socket.socket(socket.AF_UNIX)
     STEPS.connection.connect(path)

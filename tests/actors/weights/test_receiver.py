@@ -12,6 +12,7 @@ import pytest
 import zmq
 
 from actors.weights.offer import Keys, WeightsOffer
+from actors.weights.pull import WINDOW
 from actors.weights.receiver import ReceivedWeights, WeightReceiver
 from rollout.failures import FailureError, FailureKind
 from tests.actors.weights.versions import bytes_of, random_tensors, source_of
@@ -82,7 +83,7 @@ def test_a_byte_flipped_in_an_encrypted_stream_ends_the_connection_and_costs_wha
     with linked(publisher.publish(1, SOURCE), corrupt_after_bytes=400_000) as (offer, link):
         received = new_receiver().receive(offer, DEADLINE_S)
         assert link.flipped_bits == 1
-        assert link.passed_bytes["from_endpoint"] <= SOURCE.nbytes + 2 * BUCKET_BYTES + OVERHEAD_BYTES
+        assert link.passed_bytes["from_endpoint"] <= SOURCE.nbytes + WINDOW * BUCKET_BYTES + OVERHEAD_BYTES
     assert content_of(received) == bytes_of(SOURCE)
 
 
