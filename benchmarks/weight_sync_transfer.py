@@ -11,10 +11,12 @@ from pathlib import Path
 from weight_sync_limits import Copier, FileReader, FileWriter, RawClient, RawServer, RayPair
 from weight_sync_processes import WIDTH, Peer, Row, Sink, Sync, Trainer, Workload, interleaved, starting
 
+from actors.weights.pull import WINDOW
+from actors.weights.server import SLICE_BYTES
 from actors.weights.source import DTYPES
 from tests.links import Link
 
-GB = 1e9
+GB, MIB = 1e9, 1 << 20
 SHARE = 0.7
 """Of the limit's rate that one generator is to get."""
 FLEET_WALL = 2.5
@@ -67,8 +69,9 @@ def tcp_case(workload: Workload, repeats: int) -> list[Row]:
     rows = []
     for is_encrypted in (True, False):
         nbytes, words = size_of(workload), "CURVE" if is_encrypted else "plain"
+        message_bytes = min(SLICE_BYTES, workload.bucket_bytes)
         with contextlib.ExitStack() as stack:
-            server = starting(stack, RawServer, nbytes, workload.bucket_bytes, is_encrypted)
+            server = starting(stack, RawServer, nbytes, min(SLICE_BYTES, workload.bucket_bytes), is_encrypted)
             client = starting(stack, RawClient, *server.call("where"))
             trainer = starting(stack, Trainer.of, workload, False, is_encrypted)
             sync = Sync(trainer, [starting(stack, Sink, "one", False)])
@@ -81,7 +84,8 @@ def tcp_case(workload: Workload, repeats: int) -> list[Row]:
                 name,
                 figures["receive"],
                 nbytes,
-                f"raw ZeroMQ, {words}, same messages: {limit:.3f} s, {nbytes / limit / GB:.2f} GB/s",
+                f"raw ZeroMQ, {words}, messages of {message_bytes / MIB:g} MiB, {WINDOW} under way: {limit:.3f} s, "
+                f"{nbytes / limit / GB:.2f} GB/s",
                 limit / figures["receive"],
                 at_least=SHARE,
             ),
