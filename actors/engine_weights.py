@@ -11,7 +11,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,40 +85,8 @@ class EngineWeights:
     async def load(self, offer: WeightsOffer, *, anew: bool = False) -> WeightsReceipt:
         """See :meth:`actors.generator.Generator.load_weights`."""
         async with self._updating:
-            started = time.monotonic()
-            deadline_s = RECEIVE_SHARE * self.spec.deadlines.sync_s
-            received = await self._receive(offer, deadline_s, anew=anew)
-            await self._prepare(received)
-            before = await self._held_digests() if anew else {}
-            transferred = time.monotonic()
-            await self.pause_for(offer.version)
-            paused = time.monotonic()
-            try:
-                await self._load(received, offer.version)
-                loaded = time.monotonic()
-            except asyncio.CancelledError as error:
-                await self.set_broken(error)
-                raise
-            except Exception as error:
-                raise await self.set_broken(error) from error
-            finally:
-                await self._engine.resume_generation()
-            resumed = time.monotonic()
-            assert self._receiver is not None
-            self._receiver.loaded(received)
-            await self.set_loaded(offer.version)
-            after = await self._held_digests() if anew else {}
-            return WeightsReceipt(
-                version=offer.version,
-                digest=received.parts[-1].manifest.digest,
-                transfer_s=transferred - started,
-                load_s=loaded - paused,
-                pause_s=resumed - transferred,
-                received_bytes=received.received_bytes,
-                route=received.route,
-                source=received.source,
-                corrected=tuple(sorted(name for name in after if before.get(name) != after[name])),
-            )
+            with self._death_named():
+                return await self._update(offer, anew=anew)
 
     async def verify(self, canaries: Canaries, log_probs: LogProbs) -> CanaryReport:
         """See :meth:`actors.generator.Generator.verify`.
@@ -186,14 +154,10 @@ class EngineWeights:
 
     async def pause(self, mode: PauseMode) -> None:
         """Stop sampling. Raises FailureError (`engine_dead`) where there is no engine to stop."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         # AsyncLLM.pause_generation does the same and then sleeps for 20 ms, a third of a small model's update
         pause = self._engine.engine_core.pause_scheduler_async
-        try:
+        with self._death_named():
             await pause(mode=mode, clear_cache=False)
-        except EngineDeadError as error:
-            raise FailureError(self.failure("engine_dead", "its engine is dead")) from error
 
     async def pause_for(self, version: int) -> None:
         """Stop sampling as the recipe says, to load a version; at once where it is asleep.
@@ -266,6 +230,42 @@ class EngineWeights:
         )
         return WeightReceiver(self.spec.name, settings)
 
+    async def _update(self, offer: WeightsOffer, *, anew: bool) -> WeightsReceipt:
+        started = time.monotonic()
+        deadline_s = RECEIVE_SHARE * self.spec.deadlines.sync_s
+        received = await self._receive(offer, deadline_s, anew=anew)
+        await self._prepare(received)
+        before = await self._held_digests() if anew else {}
+        transferred = time.monotonic()
+        await self.pause_for(offer.version)
+        paused = time.monotonic()
+        try:
+            await self._load(received, offer.version)
+            loaded = time.monotonic()
+        except asyncio.CancelledError as error:
+            await self.set_broken(error)
+            raise
+        except Exception as error:
+            raise await self.set_broken(error) from error
+        finally:
+            await self._engine.resume_generation()
+        resumed = time.monotonic()
+        assert self._receiver is not None
+        self._receiver.loaded(received)
+        await self.set_loaded(offer.version)
+        after = await self._held_digests() if anew else {}
+        return WeightsReceipt(
+            version=offer.version,
+            digest=received.parts[-1].manifest.digest,
+            transfer_s=transferred - started,
+            load_s=loaded - paused,
+            pause_s=resumed - transferred,
+            received_bytes=received.received_bytes,
+            route=received.route,
+            source=received.source,
+            corrected=tuple(sorted(name for name in after if before.get(name) != after[name])),
+        )
+
     async def _receive(self, offer: WeightsOffer, deadline_s: float, *, anew: bool) -> ReceivedWeights:
         assert self._receiver is not None
         return await asyncio.to_thread(self._receiver.receive, offer, deadline_s, anew=anew)
@@ -337,6 +337,16 @@ class EngineWeights:
         except TimeoutError:
             return self.failure(reason, f"{why} within {deadline_s:g} s")
         return None
+
+    @contextlib.contextmanager
+    def _death_named(self) -> Iterator[None]:
+        """Whatever fails because the engine is dead fails for that reason."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            yield
+        except EngineDeadError as error:
+            raise FailureError(self.failure("engine_dead", "its engine is dead")) from error
 
     async def _set_verified(self, version: int) -> None:
         async with self._changed:

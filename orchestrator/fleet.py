@@ -370,7 +370,7 @@ class GeneratorFleet:
                     return
                 offer, canaries = self.offer, self._canaries
                 outcome, why = await self._deliver(member, handle, offer, canaries, anew=step is Step.SEND_ANEW)
-                if member.handle is not handle or _has_failed(canaries):
+                if member.handle is not handle or member.health is Health.DEAD or _has_failed(canaries):
                     return
                 member.delivery, step = member.delivery.after(outcome)
                 member.why = why or member.why
@@ -419,8 +419,9 @@ class GeneratorFleet:
                 return Outcome.FAILED, "the trainer computed no canaries"
             member.report = await handle.verify(canaries.result())
         except FailureError as error:
-            logger.warning("%s: update to version %d failed: %s", member.name, offer.version, error)
-            self.on_event("update_failed", generator=member.name, version=offer.version, why=str(error))
+            if member.health is not Health.DEAD:  # what fails because it is being ended needs no telling
+                logger.warning("%s: update to version %d failed: %s", member.name, offer.version, error)
+                self.on_event("update_failed", generator=member.name, version=offer.version, why=str(error))
             return outcome_of(error.failure.reason), str(error)
         if member.report.agrees:
             return Outcome.PROVEN, ""
@@ -445,8 +446,10 @@ class GeneratorFleet:
         return FailureError(Failure(FailureKind.BUG, DISAGREEMENT, message))
 
     async def _set(self, member: Member, health: Health) -> None:
+        """Of a living one; of a dead one, only a restart makes something else."""
         async with self._changed:
-            member.health = health
+            if member.health is not Health.DEAD:
+                member.health = health
             self._changed.notify_all()
 
     def _bury(self, member: Member, handle: GeneratorHandle, why: str) -> None:

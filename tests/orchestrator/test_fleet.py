@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from actors.weights.canary import Canaries
+from actors.weights.canary import Canaries, CanaryReport
 from actors.weights.offer import WeightsReceipt
 from orchestrator.fleet import MAX_RESTARTS, NO_GENERATOR, Health
 from rollout.config import SamplingConfig
@@ -284,3 +284,31 @@ async def test_a_generator_that_dies_falling_asleep_is_started_again() -> None:
     await fleet.sleep(1)
     await until(lambda: all(m.health is Health.HEALTHY for m in fleet.members))
     assert len(generators.started) == 3
+
+
+async def test_a_generator_that_died_is_not_brought_back_by_a_proof_that_it_had_just_given() -> None:
+    fleet, generators = await fleet_of(1, Events())
+    proving, proven = asyncio.Event(), asyncio.Event()
+    generator = generators.started[0]
+    verify = generator.verify
+
+    async def verify_late(wanted: Canaries) -> CanaryReport:
+        proving.set()
+        await proven.wait()
+        return await verify(wanted)
+
+    generator.verify = verify_late  # type: ignore[method-assign]
+    generators.may_start.clear()
+    publishing = asyncio.ensure_future(fleet.publish(offer(1), proof(1)))
+    await proving.wait()
+    generator.die()
+    with pytest.raises(FailureError):
+        await fleet.generate(prompt("0"), 1, SAMPLING, 0, "0")
+    proven.set()
+    await until(lambda: not fleet._deliveries)
+    assert (fleet.members[0].health, fleet.members[0].version) == (Health.DEAD, -1)
+    generators.may_start.set()
+    await publishing
+    await until(lambda: fleet.members[0].health is Health.HEALTHY)
+    assert [each.loads for each in generators.started] == [[0, 1], [1]]
+    assert fleet.members[0].restarts == 1

@@ -35,7 +35,7 @@ def new_receiver() -> Iterator[NewReceiver]:
     made: list[WeightReceiver] = []
 
     def make(name: str = "a", **settings: Any) -> WeightReceiver:
-        made.append(WeightReceiver(name, ReceiverSettings(**{"maps_memory": False, "patience_s": 1.0, **settings})))
+        made.append(WeightReceiver(name, ReceiverSettings(**{"maps_memory": False, "patience_s": 10.0, **settings})))
         return made[-1]
 
     yield make

@@ -24,6 +24,14 @@ VALUES = random_tensors(1008, 1552)
 FROZEN = source_of(random_tensors(700, seed=9), part=Part.FROZEN, prefix="f")
 
 
+@pytest.fixture(autouse=True, params=["whole", "in slices"])
+def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets travel in one message each, or in four."""
+    if request.param == "in slices":
+        monkeypatch.setattr("actors.weights.server.SLICE_BYTES", BUCKET_BYTES // 4)
+        monkeypatch.setattr("actors.weights.pull.SLICE_BYTES", BUCKET_BYTES // 4)
+
+
 def in_bucket(*buckets: int) -> list[int]:
     """Positions of elements, one in each of these buckets."""
     return [256 * bucket + 7 for bucket in buckets]
