@@ -10,7 +10,6 @@ import time
 from typing import Any
 
 from actors.engine_weights import EngineWeights
-from actors.weights.device_group import UNTOUCHED
 from actors.weights.offer import WeightsReceipt
 from rollout.failures import FailureError
 
@@ -84,6 +83,8 @@ class EnginePush:
 
     async def _fail(self, error: BaseException) -> None:
         """Go on with the old version where it is whole; else serve nothing."""
+        from actors.weights.device_group import UNTOUCHED
+
         self._stop_watching()
         tensor_parallel = self._weights.spec.config.tensor_parallel
         if not (tensor_parallel == 1 and UNTOUCHED in str(error)):

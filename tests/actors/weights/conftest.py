@@ -29,6 +29,14 @@ def new_publisher() -> Iterator[NewPublisher]:
         each.stop()
 
 
+@pytest.fixture(params=["whole", "in slices"])
+def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module's buckets travel in one message each, or in four."""
+    if request.param == "in slices":
+        for module in ("server", "pull"):
+            monkeypatch.setattr(f"actors.weights.{module}.SLICE_BYTES", request.module.BUCKET_BYTES // 4)
+
+
 @pytest.fixture
 def new_receiver() -> Iterator[NewReceiver]:
     """Makes receivers that are each a host of their own, unless they map memory; takes what ReceiverSettings takes."""

@@ -26,14 +26,6 @@ OVERHEAD_BYTES = 32 << 10
 """Of all headers and the manifest."""
 
 
-@pytest.fixture(params=["whole", "in slices"])
-def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buckets travel in one message each, or in four."""
-    if request.param == "in slices":
-        monkeypatch.setattr("actors.weights.server.SLICE_BYTES", BUCKET_BYTES // 4)
-        monkeypatch.setattr("actors.weights.pull.SLICE_BYTES", BUCKET_BYTES // 4)
-
-
 @contextmanager
 def linked(offer: WeightsOffer, **settings: object) -> Iterator[tuple[WeightsOffer, Link]]:
     """The same offer, with the publisher behind a link."""
@@ -147,6 +139,19 @@ def test_a_transfer_that_was_cut_fails_in_time_and_goes_on_with_what_had_arrived
     assert received.received_bytes <= SOURCE.nbytes - 600_000 + WINDOW * BUCKET_BYTES
     # A window of buckets was under way, and what was asked for in vain over a new connection came when the link did.
     assert total <= SOURCE.nbytes + 2 * WINDOW * BUCKET_BYTES + OVERHEAD_BYTES
+
+
+@pytest.mark.usefixtures("slices")
+def test_a_bucket_that_was_half_written_over_when_the_link_was_cut_is_not_taken_for_what_it_was(
+    new_publisher, new_receiver
+):
+    publisher, receiver = new_publisher(bucket_bytes=BUCKET_BYTES), new_receiver()
+    receiver.receive(publisher.publish(1, SOURCE), DEADLINE_S)
+    other = source_of(random_tensors(3000, 200_000, 1, 59_143, seed=1))
+    # 300,000 bytes end within the fifth bucket, from 262,144 to 327,680.
+    with linked(publisher.publish(2, other), cut_after_bytes=300_000) as (offer, _):
+        assert reason_of(lambda: receiver.receive(offer, 2.0)) == "weights_timeout"
+    assert content_through(receiver, publisher.publish(3, SOURCE)) == bytes_of(SOURCE)
 
 
 @pytest.mark.parametrize("closes", [False, True])

@@ -16,20 +16,14 @@ from actors.weights.receiver import ReceivedWeights, WeightReceiver
 from rollout.failures import FailureError
 from tests.actors.weights.versions import bytes_of, changed, random_tensors, source_of
 
+pytestmark = pytest.mark.usefixtures("slices")
+
 DEADLINE_S = 30.0
 BUCKET_BYTES = 1024
 """256 elements of 4 bytes."""
 VALUES = random_tensors(1008, 1552)
 """10,240 bytes: the first tensor has 63 times 64 of them, so there is no gap before the second."""
 FROZEN = source_of(random_tensors(700, seed=9), part=Part.FROZEN, prefix="f")
-
-
-@pytest.fixture(autouse=True, params=["whole", "in slices"])
-def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buckets travel in one message each, or in four."""
-    if request.param == "in slices":
-        monkeypatch.setattr("actors.weights.server.SLICE_BYTES", BUCKET_BYTES // 4)
-        monkeypatch.setattr("actors.weights.pull.SLICE_BYTES", BUCKET_BYTES // 4)
 
 
 def in_bucket(*buckets: int) -> list[int]:

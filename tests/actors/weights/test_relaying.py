@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
+
 from actors.weights.offer import WeightsOffer
 from actors.weights.receiver import ReceivedWeights, ReceiverSettings, WeightReceiver
 from actors.weights.relays import Relay
@@ -74,6 +76,7 @@ def test_a_generator_serves_onward_what_it_has_and_the_publisher_sends_one_model
     assert [receiver.served_bytes for receiver in receivers] == [SOURCE.nbytes, SOURCE.nbytes, 0]
 
 
+@pytest.mark.usefixtures("slices")
 def test_all_at_once_form_a_chain_through_which_the_buckets_pass_as_they_come(new_publisher, new_receiver):
     publisher = new_publisher(bucket_bytes=BUCKET_BYTES, fan_out=1)
     receivers = [new_receiver(name) for name in "abcd"]
