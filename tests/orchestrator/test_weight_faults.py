@@ -188,7 +188,7 @@ async def scene(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene
     encoder = PromptEncoder.from_pretrained(model.path, media)
     policy = Policy(module, source, WeightPublisher(bucket_bytes=64 << 10))
     made = Scene(Setup(None, policy, encoder, media), None, folder)  # type: ignore[arg-type]
-    made.fleet = GeneratorFleet(launch, DEADLINE_S, lambda kind, **data: made.events.append((kind, data)), 0.5)
+    made.fleet = GeneratorFleet(launch, DEADLINE_S, lambda kind, **data: made.events.append((kind, data)), DEADLINE_S)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(actors.generator_handle, "Generator", SteppingGenerator)
         patch.setattr(orchestrator.fleet, "MAX_RESTARTS", 100)
@@ -255,6 +255,8 @@ async def test_updates_without_a_fault_disturb_no_request_and_leave_no_mixture(s
         await asyncio.sleep(0.3)
     await scene.until_all_serve_the_current_version()
     assert scene.failures == []
+    versions = {len(set(completion.policy_versions)) for _, a in scene.answers for completion in a.completions}
+    assert {1, 2} <= versions, "some were sampled across an update, others after they had waited for it"
     await scene.assert_no_mixture()
 
 
