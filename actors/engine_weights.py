@@ -94,23 +94,8 @@ class EngineWeights:
         Args:
             log_probs: the engine's own of a sequence, asked under a request id.
         """
-        started = time.monotonic()
-        if canaries.version != self.version:
-            why = f"has version {self.version}, and the canaries are of version {canaries.version}"
-            raise FailureError(self.failure("canary_version", why))
-        requests = [
-            log_probs(sequence, f"canary-{canaries.version}-{index}-{time.monotonic_ns()}")
-            for index, sequence in enumerate(canaries.sequences)
-        ]
-        report = compare_canaries(canaries, await asyncio.gather(*requests), time.monotonic() - started)
-        if report.agrees:
-            await self._set_verified(canaries.version)
-        else:
-            why = f"policy version {canaries.version} computes other log-probabilities than the trainer: {report.words}"
-            await self._set_stale(self.failure("weights_disagree", why))
-            await self.pause("abort")
-            await self._engine.resume_generation()
-        return report
+        with self._death_named():
+            return await self._verify(canaries, log_probs)
 
     async def sleep(self, level: int) -> None:
         """Give the GPU's memory to the trainer: cache, and weights kept in host memory (1) or thrown away (2).
@@ -229,6 +214,25 @@ class EngineWeights:
             folder=self.spec.weights_folder,
         )
         return WeightReceiver(self.spec.name, settings)
+
+    async def _verify(self, canaries: Canaries, log_probs: LogProbs) -> CanaryReport:
+        started = time.monotonic()
+        if canaries.version != self.version:
+            why = f"has version {self.version}, and the canaries are of version {canaries.version}"
+            raise FailureError(self.failure("canary_version", why))
+        requests = [
+            log_probs(sequence, f"canary-{canaries.version}-{index}-{time.monotonic_ns()}")
+            for index, sequence in enumerate(canaries.sequences)
+        ]
+        report = compare_canaries(canaries, await asyncio.gather(*requests), time.monotonic() - started)
+        if report.agrees:
+            await self._set_verified(canaries.version)
+        else:
+            why = f"policy version {canaries.version} computes other log-probabilities than the trainer: {report.words}"
+            await self._set_stale(self.failure("weights_disagree", why))
+            await self.pause("abort")
+            await self._engine.resume_generation()
+        return report
 
     async def _update(self, offer: WeightsOffer, *, anew: bool) -> WeightsReceipt:
         started = time.monotonic()
