@@ -125,7 +125,8 @@ class GeneratorHandle:
         started = time.monotonic()
         reference = getattr(self.actor, method).remote(*arguments, **options)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(reference.future()), deadline_s)
+            async with asyncio.timeout(deadline_s):  # wait_for may forget that it was cancelled, before Python 3.12
+                return await asyncio.wrap_future(reference.future())
         except TimeoutError:
             ray.cancel(reference)
             raise self._failure("generator_timeout", f"{self.name} didn't {what} within {deadline_s:g} s") from None
