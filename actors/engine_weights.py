@@ -110,7 +110,8 @@ class EngineWeights:
                 return
             deadline_s = self.spec.deadlines.generate_s
             try:
-                await asyncio.wait_for(self._engine.sleep(level=level, mode="wait"), deadline_s)
+                async with asyncio.timeout(deadline_s):
+                    await self._engine.sleep(level=level, mode="wait")
             except TimeoutError:
                 why = f"its requests weren't finished within {deadline_s:g} s, so it couldn't be put to sleep"
                 raise FailureError(self.failure("generator_restless", why)) from None
@@ -154,7 +155,8 @@ class EngineWeights:
             return
         deadline_s = self.spec.deadlines.sync_s
         try:
-            await asyncio.wait_for(self.pause(self.config.in_flight), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                await self.pause(self.config.in_flight)
         except TimeoutError:
             await self._engine.resume_generation()
             why = f"its requests weren't finished within {deadline_s:g} s, so version {version} couldn't be loaded"
@@ -162,7 +164,8 @@ class EngineWeights:
 
     async def hold(self) -> None:
         """Keep other updates away until :meth:`release`; wakes the weights' memory."""
-        await asyncio.wait_for(self._updating.acquire(), self.spec.deadlines.sync_s)
+        async with asyncio.timeout(self.spec.deadlines.sync_s):
+            await self._updating.acquire()
         if self.is_asleep:
             await self._engine.wake_up([WEIGHTS])
 

@@ -115,7 +115,8 @@ class RewardHandle:
     async def _call(self, method: str, what: str, deadline_s: float, *arguments: Any) -> Any:
         ref = getattr(self.actor, method).remote(*arguments)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(ref.future()), deadline_s)
+            async with asyncio.timeout(deadline_s):  # wait_for may forget that it was cancelled, before Python 3.12
+                return await asyncio.wrap_future(ref.future())
         except TimeoutError:
             ray.cancel(ref)
             raise self._timeout(what, deadline_s) from None
