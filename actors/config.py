@@ -166,6 +166,12 @@ class WeightsConfig(BaseModel):
     grace_s: float = Field(
         10.0, ge=0.0, description="Wait so long for further generators once one has a version; they catch up alone."
     )
+    stage_from_mib: int | None = Field(
+        64,
+        ge=0,
+        description="Versions from this size on are made ready beside generation, which then pauses for a moment only; "
+        "until then the engine holds a second copy of the weights. On CPU, where loading means packing; null: never.",
+    )
     in_flight: Literal["keep", "wait", "abort"] = Field(
         "keep", description="Running requests go on with the new weights, are finished first, or are begun anew."
     )

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+STAGED_POLL_S = 0.01
 RECEIVE_SHARE = 0.8  # of the deadline of an update; the rest is for loading
 ADAPTER = "policy"
 WEIGHTS, CACHE = "weights", "kv_cache"  # vLLM's names of what sleeps
@@ -64,6 +65,7 @@ class EngineWeights:
         self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
         self._changed = asyncio.Condition()
         self._updating = asyncio.Lock()
+        self._can_stage = True
 
     async def start(self, engine: Any) -> None:
         """Take charge of a started engine's weights."""
@@ -241,9 +243,10 @@ class EngineWeights:
         started = time.monotonic()
         deadline_s = RECEIVE_SHARE * self.spec.deadlines.sync_s
         received = await self._receive(offer, deadline_s, anew=anew)
-        await self._prepare(received)
-        before = await self._held_digests() if anew else {}
         transferred = time.monotonic()
+        await self._prepare(received, offer.version, started + self.spec.deadlines.sync_s)
+        before = await self._held_digests() if anew else {}
+        prepared = time.monotonic()
         await self.pause_for(offer.version)
         paused = time.monotonic()
         try:
@@ -266,7 +269,8 @@ class EngineWeights:
             digest=received.parts[-1].manifest.digest,
             transfer_s=transferred - started,
             load_s=loaded - paused,
-            pause_s=resumed - transferred,
+            pause_s=resumed - prepared,
+            stage_s=prepared - transferred,
             received_bytes=received.received_bytes,
             route=received.route,
             source=received.source,
@@ -277,26 +281,60 @@ class EngineWeights:
         assert self._receiver is not None
         return await asyncio.to_thread(self._receiver.receive, offer, deadline_s, anew=anew)
 
-    async def _prepare(self, received: ReceivedWeights) -> None:
+    async def _prepare(self, received: ReceivedWeights, version: int, until: float) -> None:
         """All that can be done before generation has to stop."""
+        plain = _plain(received)
         if self.is_asleep:
             await self._engine.wake_up([WEIGHTS])
-        plain = [part.path for part in received.parts if part.manifest.part is not Part.ADAPTER]
-        if plain:
-            await self._engine.collective_rpc("prepare_weights", args=(plain,))
+        least = self.config.stage_from_mib
+        is_large = least is not None and sum(part.manifest.nbytes for part in plain) >= least << 20
+        if plain and not (is_large and not self.is_asleep and await self._stage(plain, version, until)):
+            await self._engine.collective_rpc("prepare_weights", args=([part.path for part in plain],))
         for part in received.parts:
             if part.manifest.part is Part.ADAPTER:
                 await asyncio.to_thread(self._write_adapter, part)
 
+    async def _stage(self, parts: list[ReceivedPart], version: int, until: float) -> bool:
+        """Have the workers make a version ready beside generation; False where their model can't be loaded like that.
+
+        Raises:
+            FailureError: `weights_not_staged`; the old version goes on being served, whole.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            async with asyncio.timeout(until - time.monotonic()):
+                obstacles = await self._engine.collective_rpc("stage_weights", args=(_update_info(parts),))
+                obstacle = next((each for each in obstacles if each is not None), None)
+                if obstacle is not None:
+                    if self._can_stage:
+                        logger.info(
+                            "%s: weights are loaded while generation stands still: %s", self.spec.name, obstacle
+                        )
+                    self._can_stage = False
+                    return False
+                while not all(await self._engine.collective_rpc("is_staged")):
+                    await asyncio.sleep(STAGED_POLL_S)
+        except TimeoutError:
+            why = f"version {version} wasn't ready in its engine within {self.spec.deadlines.sync_s:g} s"
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            why = (
+                f"its engine couldn't make version {version} ready: {error!r}. If the same version loads with "
+                "weights.stage_from_mib: null, it is the staging that doesn't fit this model"
+            )
+        else:
+            return True
+        raise FailureError(self.failure("weights_not_staged", why))
+
     async def _load(self, received: ReceivedWeights, version: int) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        engine = self._engine
-        plain = [part for part in received.parts if part.manifest.part is not Part.ADAPTER]
+        engine, plain = self._engine, _plain(received)
         if plain:
-            update = {"parts": [(part.manifest.packed, part.path) for part in plain]}
             await engine.start_weight_update()
-            await engine.update_weights(WeightTransferUpdateRequest(update_info=update))
+            await engine.update_weights(WeightTransferUpdateRequest(update_info=_update_info(plain)))
             await engine.finish_weight_update()
         if self.adapter is not None:
             await self._load_adapter()
@@ -365,6 +403,16 @@ class EngineWeights:
         async with self._changed:
             self.stale = failure
             self._changed.notify_all()
+
+
+def _plain(received: ReceivedWeights) -> list[ReceivedPart]:
+    """What the engine's workers load; adapters go another way."""
+    return [part for part in received.parts if part.manifest.part is not Part.ADAPTER]
+
+
+def _update_info(parts: list[ReceivedPart]) -> dict[str, Any]:
+    """See :class:`actors.weights.engine.ZmqUpdateInfo`."""
+    return {"parts": [(part.manifest.packed, part.path) for part in parts]}
 
 
 def _node_address() -> str:

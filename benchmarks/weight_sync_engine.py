@@ -30,7 +30,7 @@ DEMO_S = 0.06
 MAX_LENGTH = 256
 ENGINE = GeneratorConfig(enforce_eager=True, kv_cache_gib=0.25, max_sequences=32)
 DEMO_ENGINE = GeneratorConfig(enforce_eager=True, kv_cache_gib=0.5)
-DEMO_PARTS = ("gather", "transfer", "load", "pause", "verify", "other")
+DEMO_PARTS = ("gather", "transfer", "stage", "load", "pause", "verify", "other")
 
 
 def engine_case(workload: Workload, repeats: int) -> list[Row]:
@@ -49,7 +49,7 @@ def engine_case(workload: Workload, repeats: int) -> list[Row]:
                 figures = interleaved({"sync": partial(sync.once, route)}, repeats)["sync"]
             name, whole = f"engine of {size / GIB:.2f} GiB, {way}, {dtype}", figures["seconds"]
             rows.append(Row(name, whole, size))
-            rows += [Row(f"{name}: {part}", figures[part], size) for part in ("gather", "transfer", "load")]
+            rows += [Row(f"{name}: {part}", figures[part], size) for part in ("gather", "transfer", "stage", "load")]
             share = figures["pause"] / whole
             limit = f"the whole sync: {whole:.3f} s"
             rows.append(Row(f"{name}: pause", figures["pause"], None, limit, share, at_most=PAUSE_SHARE))
@@ -143,7 +143,8 @@ class EngineSink:
     def receive(self, offer: WeightsOffer) -> Arrival:
         """Receive a version and load it."""
         receipt = self._runner.run(self._generator.load_weights(offer))
-        parts = {"transfer": receipt.transfer_s, "load": receipt.load_s, "pause": receipt.pause_s}
+        parts = {"transfer": receipt.transfer_s, "stage": receipt.stage_s}
+        parts |= {"load": receipt.load_s, "pause": receipt.pause_s}
         return Arrival(time.perf_counter(), receipt.route, receipt.received_bytes, parts)
 
     def close(self) -> None:
@@ -177,9 +178,10 @@ class DemoRun:
                 started = time.perf_counter()
                 told = await publish(policy, fleet, version, prompts)
                 seconds = time.perf_counter() - started
-                parts = {"gather": told.gather_s, "transfer": told.transfer_s, "load": told.load_s}
-                parts |= {"pause": told.pause_s, "verify": told.verify_s}
-                other = seconds - told.gather_s - told.transfer_s - told.pause_s - told.verify_s
+                parts = {"gather": told.gather_s, "transfer": told.transfer_s, "stage": told.stage_s}
+                parts |= {"load": told.load_s, "pause": told.pause_s, "verify": told.verify_s}
+                beside = told.gather_s + told.transfer_s + told.stage_s + told.verify_s
+                other = seconds - beside - told.pause_s
                 if version > WARMUP:
                     found.append({"seconds": seconds, **parts, "other": other})
         return found

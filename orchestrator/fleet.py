@@ -86,7 +86,7 @@ class Publication:
         bytes: size of what changes.
         seconds: from the offer until then.
         gather_s: for the trainer to read, cast and digest it, before the offer.
-        transfer_s, load_s, pause_s: see :class:`actors.weights.offer.WeightsReceipt`.
+        transfer_s, stage_s, load_s, pause_s: see :class:`actors.weights.offer.WeightsReceipt`.
         verify_s: for a generator to compute the canaries.
         canary_gap: mean of the worst canary, nats; None without canaries.
         received_bytes: over the network, of all generators together.
@@ -102,6 +102,7 @@ class Publication:
     seconds: float
     gather_s: float
     transfer_s: float
+    stage_s: float
     load_s: float
     pause_s: float
     verify_s: float
@@ -122,6 +123,7 @@ class Publication:
             "sync_s": self.gather_s + self.seconds,
             "gather_s": self.gather_s,
             "transfer_s": self.transfer_s,
+            "stage_s": self.stage_s,
             "load_s": self.load_s,
             "pause_s": self.pause_s,
             "verify_s": self.verify_s,
@@ -249,6 +251,7 @@ class GeneratorFleet:
             seconds=seconds,
             gather_s=offer.gather_s,
             transfer_s=max((r.transfer_s for r in receipts), default=0.0),
+            stage_s=max((r.stage_s for r in receipts), default=0.0),
             load_s=max((r.load_s for r in receipts), default=0.0),
             pause_s=max((r.pause_s for r in receipts), default=0.0),
             verify_s=max((r.seconds for r in reports), default=0.0),

@@ -2,7 +2,8 @@
 
 The generator has received and checked the version already; here it is mapped and loaded through vLLM's layerwise
 reload. Called by vLLM on every worker, in this order, while generation is paused: `start_weight_update`,
-`update_weights` (once), `finish_weight_update`. :class:`WeightsExtension` adds to the worker what vLLM doesn't offer.
+`update_weights` (once), `finish_weight_update`. Where the version was staged before (actors/weights/staging.py), what
+remains to be done is a swap. :class:`WeightsExtension` adds to the worker what vLLM doesn't offer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from actors.weights.manifest import Manifest
 from actors.weights.source import tensors_in
+from actors.weights.staging import StagedModel, why_not_staged
 
 logger = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
@@ -54,6 +57,9 @@ class ZmqUpdateInfo(WeightTransferUpdateInfo):
 
     parts: list[tuple[bytes, str]]
 
+    def __post_init__(self) -> None:
+        self.parts = [(bytes(packed), str(path)) for packed, path in self.parts]  # lists, where they came in a message
+
 
 class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInitInfo, ZmqUpdateInfo]):
     """Loads versions that the generator received."""
@@ -65,22 +71,55 @@ class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInitInfo, ZmqUpdateInfo]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._maps: dict[str, _Mapping] = {}
+        self._stager = ThreadPoolExecutor(1, "weights-stager")
+        self._staging: tuple[ZmqUpdateInfo, Future[StagedModel]] | None = None
+        self._is_in_place = True
         _die_with_parent()
 
     def init_transfer_engine(self, init_info: ZmqInitInfo) -> None:
         """Nothing to set up."""
 
     def start_weight_update(self) -> None:
-        """Make the layers ready to be loaded anew."""
-        initialize_layerwise_reload(self.model)
+        """Nothing to do before it is known whether the version was staged."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Load a whole version, or raise; after a failure the layers are put back, but may differ in version."""
+        info = self.parse_update_info(update_info)
+        staged = self._take_staged(info)
+        self._is_in_place = staged is None
+        if staged is not None:
+            staged.swap()
+            self._stager.submit(staged.release)  # the old weights: giving a model's memory back takes a while
+            return
+        initialize_layerwise_reload(self.model)
         try:
-            self.receive_weights(self.parse_update_info(update_info))
+            self.receive_weights(info)
         except BaseException:
             finalize_layerwise_reload(self.model, self.model_config)
             raise
+
+    def stage(self, update_info: dict[str, Any]) -> str | None:
+        """Begin to make a version ready beside generation. Returns what of this model keeps it from that, if any."""
+        self._discard_staged()
+        why_not = why_not_staged(self.model)
+        if why_not is None:
+            info = self.parse_update_info(update_info)
+            self._staging = info, self._stager.submit(self._staged, info)
+        return why_not
+
+    def is_staged(self) -> bool:
+        """Whether that has come to its end. Raises what it ended with."""
+        if self._staging is None:
+            return True
+        _, future = self._staging
+        if not future.done():
+            return False
+        try:
+            future.result()
+        except BaseException:
+            self._staging = None
+            raise
+        return True
 
     def prepare(self, paths: list[str]) -> None:
         """Map what will be loaded, and have its pages at hand. Generation may go on."""
@@ -94,19 +133,12 @@ class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInitInfo, ZmqUpdateInfo]):
         Raises:
             ValueError: the model has no such parameter, or took fewer than it was given.
         """
-        parts = [(Manifest.unpack(packed), path) for packed, path in update_info.parts]
-        self.prepare([path for _, path in parts])
-        given = {tensor.name for manifest, _ in parts for tensor in manifest.tensors}
-        taken: set[str] = set()
-        load_weights: Any = self.model.load_weights
-        loaded = load_weights(_taken(self._tensors(parts), taken))
-        if taken != given:
-            raise ValueError(f"the model didn't read {sorted(given - taken)[:5]}")
-        if not loaded:
-            raise ValueError("the model loaded none of the weights: their names don't fit this architecture")
+        self._load_into(self.model, update_info)
 
     def finish_weight_update(self) -> None:
         """Put processed weights in place."""
+        if not self._is_in_place:
+            return
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             refresh_tied_heads(self.model)
@@ -115,7 +147,41 @@ class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInitInfo, ZmqUpdateInfo]):
 
     def shutdown(self) -> None:
         """Unmap what was loaded last."""
+        self._discard_staged()
         self._maps.clear()
+
+    def _staged(self, info: ZmqUpdateInfo) -> StagedModel:
+        staged = StagedModel(self.model, self.model_config)
+        try:
+            staged.load(lambda shadow: self._load_into(shadow, info))
+        except BaseException:
+            staged.release()
+            raise
+        return staged
+
+    def _discard_staged(self) -> None:
+        staging, self._staging = self._staging, None
+        if staging is not None:
+            staging[1].add_done_callback(_release)
+
+    def _take_staged(self, info: ZmqUpdateInfo) -> StagedModel | None:
+        """The version, if it is the one that was staged."""
+        if self._staging is None or self._staging[0] != info or not self._staging[1].done():
+            self._discard_staged()
+            return None
+        staged, self._staging = self._staging[1].result(), None
+        return staged
+
+    def _load_into(self, model: Any, info: ZmqUpdateInfo) -> None:
+        parts = [(Manifest.unpack(packed), path) for packed, path in info.parts]
+        self.prepare([path for _, path in parts])
+        given = {tensor.name for manifest, _ in parts for tensor in manifest.tensors}
+        taken: set[str] = set()
+        loaded = model.load_weights(_taken(self._tensors(parts), taken))
+        if taken != given:
+            raise ValueError(f"the model didn't read {sorted(given - taken)[:5]}")
+        if not loaded:
+            raise ValueError("the model loaded none of the weights: their names don't fit this architecture")
 
     def _tensors(self, parts: list[tuple[Manifest, str]]) -> Iterator[tuple[str, Tensor]]:
         for manifest, path in parts:
@@ -131,6 +197,16 @@ class WeightsExtension:
     def prepare_weights(self, paths: list[str]) -> None:
         """See :meth:`ZmqWeightTransferEngine.prepare`."""
         self.weight_transfer_engine.prepare(paths)
+
+    def stage_weights(self, update_info: dict[str, Any]) -> str | None:
+        """See :meth:`ZmqWeightTransferEngine.stage`."""
+        why_not: str | None = self.weight_transfer_engine.stage(update_info)
+        return why_not
+
+    def is_staged(self) -> bool:
+        """See :meth:`ZmqWeightTransferEngine.is_staged`."""
+        is_staged: bool = self.weight_transfer_engine.is_staged()
+        return is_staged
 
     def held_digests(self) -> dict[str, str]:
         """A digest of each tensor as the model computes with it, by vLLM's name. Slow: for finding what is wrong."""
@@ -186,6 +262,11 @@ class _Mapping:
             self._identity = (found.st_dev, found.st_ino)
         with contextlib.suppress(OSError):  # older kernels fault the pages in one by one
             self.content.madvise(MADV_POPULATE_READ)
+
+
+def _release(staging: Future[StagedModel]) -> None:
+    if staging.exception() is None:
+        staging.result().release()
 
 
 def _bytes_of(tensor: Tensor) -> Any:

@@ -83,6 +83,7 @@ class WeightsReceipt:
         version: the version it holds now.
         digest: hex digest of the manifest it loaded; delivery counts only where it equals the offer's.
         transfer_s: to receive and check the buckets, while generation went on.
+        stage_s: to make them ready in the engine beside generation, where they are staged.
         load_s: to load them into the engine.
         pause_s: for which generation stood still, loading included.
         received_bytes: over the network.
@@ -97,6 +98,7 @@ class WeightsReceipt:
     transfer_s: float
     load_s: float
     pause_s: float
+    stage_s: float = 0.0
     received_bytes: int = 0
     route: str = ""
     source: str = ""

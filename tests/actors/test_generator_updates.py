@@ -27,13 +27,14 @@ LONG = SamplingConfig(max_tokens=200, ignore_eos=True)
 pytestmark = pytest.mark.engine
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def setup(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[None, 0], ids=["in place", "staged"])
+async def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup]:
     root = tmp_path_factory.mktemp("updates")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # so that a test may reach into the engine's worker
         made = await start(build_tiny_vlm(root / "model"), root)
-        yield made
+        with weights(made, stage_from_mib=request.param):
+            yield made
         await made.generator.stop()
         made.policy.publisher.stop()
 

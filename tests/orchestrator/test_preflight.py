@@ -260,6 +260,15 @@ def test_memory_of_the_trainer_is_sixteen_bytes_a_parameter_in_float32(tree: dic
     assert memory_estimate(config, 1000) - memory_estimate(config, 0) == 1000 * (16 + 4 + 4)
 
 
+def test_versions_that_are_staged_take_a_second_copy_in_each_generator(tree: dict[str, Any]) -> None:
+    tree["generator"]["replicas"] = 3
+    tree["weights"] = {"stage_from_mib": 64}
+    staged, parameters = Config.model_validate(tree), (64 << 20) // 2
+    in_place = Config.model_validate(tree | {"weights": {"stage_from_mib": None}})
+    assert memory_estimate(staged, parameters) - memory_estimate(in_place, parameters) == 3 * (64 << 20)
+    assert memory_estimate(staged, parameters - 1) == memory_estimate(in_place, parameters - 1)
+
+
 @pytest.mark.parametrize(("zero_stage", "copies"), [(0, 2), (2, 2), (3, 1)])
 def test_memory_of_a_trainer_of_adapters_is_its_weights_on_each_rank_or_sharded_with_zero_3(
     tree: dict[str, Any], zero_stage: int, copies: int
