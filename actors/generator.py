@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REQUEST_FAILED = "request_failed"
+KEPT_CANARIES = 64
 ABORTED_S = 0.05  # for the outputs of aborted requests to reach their callers
 
 
@@ -146,6 +147,7 @@ class Generator:
     def __post_init__(self) -> None:
         self._weights = EngineWeights(self.spec)
         self._starting = asyncio.Lock()
+        self._encoded_canaries: dict[str, EncodedPrompt] = {}
 
     async def ready(self) -> float:
         """Start the engine, once. Returns the seconds it took.
@@ -388,8 +390,12 @@ class Generator:
         """[tokens] of a given completion, under the whole distribution, nats."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        encoded = await asyncio.to_thread(self._encoder.encode, sequence.prompt)
-        engine_input = await self._expand(sequence.prompt, encoded)
+        prompt, known = sequence.prompt, self._encoded_canaries
+        if prompt.prompt_id not in known:  # the same few after every update
+            while len(known) >= KEPT_CANARIES:
+                known.pop(next(iter(known)))
+            known[prompt.prompt_id] = await asyncio.to_thread(self._encoder.encode, prompt)
+        engine_input = await self._expand(prompt, known[prompt.prompt_id])
         engine_input["prompt_token_ids"] = [*engine_input["prompt_token_ids"], *sequence.token_ids.tolist()]
         params = SamplingParams(
             max_tokens=1,

@@ -53,6 +53,7 @@ class PolicyTrainer(Learner):
         super().__init__(spec, place, store)
         has_objectives = spec.algorithm.gradient_combination is not None
         self.combiner = GradientCombiner(spec.algorithm) if has_objectives else None
+        self._canary_samples: dict[str, TrainingSample] = {}
         self._reference_head = self._load_reference_head() if needs_distributions(spec.algorithm.kl) else None
 
     def _load_module(self) -> Any:
@@ -149,7 +150,10 @@ class PolicyTrainer(Learner):
         A canary's completion is the beginning of its prompt's own text: nobody has to sample it, and every policy finds
         some of it likely. Log-probabilities are of the whole distribution at temperature 1, nats.
         """
-        samples = [self._canary(prompt) for prompt in prompts]
+        # the same ones after every update: encoding them would take longer than a small model's forward pass
+        known = self._canary_samples
+        self._canary_samples = {p.prompt_id: known.get(p.prompt_id) or self._canary(p) for p in prompts}
+        samples = [self._canary_samples[prompt.prompt_id] for prompt in prompts]
         plan = self._agreed(lambda: self._plan(samples))
 
         def forward(micro_batch: MicroBatch) -> Tensor:
