@@ -40,9 +40,7 @@ class Step(StrEnum):
     DONE = "done"
     """It may serve."""
     SEND = "send"
-    """Bring it what is current now."""
-    SEND_ANEW = "send_anew"
-    """Bring it everything in full, frozen weights too."""
+    """Bring it what is current now; see :attr:`Delivery.in_full`."""
     SEND_LATER = "send_later"
     """The same after a pause; until then it serves nothing."""
     RESTART = "restart"
@@ -67,6 +65,11 @@ class Delivery:
     returns: int = 0
     disagreements: int = 0
 
+    @property
+    def in_full(self) -> bool:
+        """Whether it is to get everything, frozen weights too: from its first disagreement until it agrees."""
+        return self.disagreements == 1
+
     def after(self, outcome: Outcome) -> tuple[Delivery, Step]:
         """The next state and step.
 
@@ -78,7 +81,7 @@ class Delivery:
                 return Delivery(), Step.DONE
             case Outcome.DISAGREES:
                 count = self.disagreements + 1
-                step = {1: Step.SEND_ANEW, 2: Step.RESTART}.get(count, Step.STOP)
+                step = {1: Step.SEND, 2: Step.RESTART}.get(count, Step.STOP)
                 return Delivery(disagreements=count), step
             case Outcome.SILENT:
                 silent = replace(self, silences=self.silences + 1)

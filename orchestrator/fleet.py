@@ -366,13 +366,12 @@ class GeneratorFleet:
 
     async def _catch_up(self, member: Member, handle: GeneratorHandle) -> None:
         """Deliveries to one generator, until it has what is current."""
-        step = Step.SEND
         try:
             while self.offer is not None and member.order != self.offer.order:
                 if member.handle is not handle or member.health is Health.DEAD:
                     return
                 offer, canaries = self.offer, self._canaries
-                outcome, why = await self._deliver(member, handle, offer, canaries, anew=step is Step.SEND_ANEW)
+                outcome, why = await self._deliver(member, handle, offer, canaries, anew=member.delivery.in_full)
                 if member.handle is not handle or member.health is Health.DEAD or _has_failed(canaries):
                     return
                 member.delivery, step = member.delivery.after(outcome)

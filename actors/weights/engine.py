@@ -30,6 +30,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from actors.weights.manifest import Manifest
 from actors.weights.source import tensors_in
@@ -139,6 +140,10 @@ class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInitInfo, ZmqUpdateInfo]):
         """Put processed weights in place."""
         if not self._is_in_place:
             return
+        for module in self.model.modules():
+            info = get_layerwise_info(module)
+            if info.can_load() and info.load_numel <= 0:
+                info.load_numel_total = 0  # else vLLM warns: all that was sent has been read, the rest stays as it is
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             refresh_tied_heads(self.model)

@@ -43,8 +43,9 @@ SLICE_BYTES = 2 << 20
 WAKE = "inproc://wake"
 KEPT_NAMES = 16
 MAX_WAITING = 10_000
-IDLE_S = 30.0
-"""A client that has asked for nothing for so long has given up."""
+IDLE_S = 90.0
+"""A client that has asked for nothing for so long has given up: the most patient one asks again after 60 s."""
+MAX_REQUEST_BYTES = 1 << 20
 Directory = Callable[[str, Relay, str | None], Relay | None]
 """Whom a member pulls a version from: digest, member, endpoint of the source it lost; None for this server itself."""
 
@@ -194,6 +195,7 @@ class WeightServer:
     def _bind(self, host: str, port: int, secret: bytes) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # what can't be sent isn't counted as sent
         socket.setsockopt(zmq.IPV6, int(":" in host))
         for option, value in ((zmq.TCP_KEEPALIVE, 1), (zmq.TCP_KEEPALIVE_IDLE, 10), (zmq.TCP_KEEPALIVE_INTVL, 5)):

@@ -47,7 +47,7 @@ def state_after(*outcomes: Outcome) -> Delivery:
         (Outcome.SILENT, [Step.SEND_LATER, Step.SEND_LATER, Step.RESTART] * 2),
         (Outcome.OVERTAKEN, [*[Step.SEND] * 7, Step.RESTART] * 2),
         (Outcome.DEAD, [Step.RESTART] * 3),
-        (Outcome.DISAGREES, [Step.SEND_ANEW, Step.RESTART, Step.STOP, Step.STOP]),
+        (Outcome.DISAGREES, [Step.SEND, Step.RESTART, Step.STOP, Step.STOP]),
     ],
 )
 def test_what_follows_when_the_same_happens_again_and_again(outcome, steps):
@@ -56,13 +56,20 @@ def test_what_follows_when_the_same_happens_again_and_again(outcome, steps):
 
 def test_a_generator_that_disagrees_gets_everything_anew_then_a_new_process_then_the_run_ends():
     disagrees, proven, dead = Outcome.DISAGREES, Outcome.PROVEN, Outcome.DEAD
-    assert steps_after([disagrees, proven, disagrees]) == [Step.SEND_ANEW, Step.DONE, Step.SEND_ANEW]
+    assert steps_after([disagrees, proven, disagrees]) == [Step.SEND, Step.DONE, Step.SEND]
     assert steps_after([disagrees, dead, disagrees, disagrees]) == [
-        Step.SEND_ANEW,
+        Step.SEND,
         Step.RESTART,
         Step.RESTART,
         Step.STOP,
     ]
+
+
+def test_after_a_disagreement_every_attempt_is_in_full_until_it_agrees_whatever_comes_between():
+    assert not Delivery().in_full
+    for between in Outcome:
+        state = state_after(Outcome.DISAGREES, between)
+        assert state.in_full == (between not in (Outcome.PROVEN, Outcome.DISAGREES))
 
 
 def test_each_kind_of_outcome_is_counted_apart():
@@ -97,9 +104,9 @@ def test_the_run_ends_on_the_third_disagreement_and_on_nothing_else(outcomes):
         disagreements += outcome is Outcome.DISAGREES
         disagreements = 0 if outcome is Outcome.PROVEN else disagreements
         if outcome is Outcome.DISAGREES:
-            assert step is {1: Step.SEND_ANEW, 2: Step.RESTART}.get(disagreements, Step.STOP)
+            assert step is {1: Step.SEND, 2: Step.RESTART}.get(disagreements, Step.STOP)
         else:
-            assert step not in (Step.STOP, Step.SEND_ANEW)
+            assert step is not Step.STOP
 
 
 @given(OUTCOMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,11 +13,12 @@ import zmq
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from actors.weights import server as server_module
 from actors.weights.connection import Connection, RefusedError, SilentError
 from actors.weights.offer import Keys
 from actors.weights.relays import RelayTree
 from actors.weights.server import LOOPBACK, NotLoopbackError, WeightServer, is_loopback
-from tests.actors.weights.served import DEADLINE_S, asked, holding_of, new_keys, serving
+from tests.actors.weights.served import DEADLINE_S, SILENCE_S, asked, holding_of, new_keys, serving
 
 
 @pytest.fixture
@@ -68,6 +70,24 @@ def test_an_encrypting_client_gets_nothing_from_a_server_that_doesnt(context):
         with pytest.raises((RefusedError, SilentError)):
             asked(client, "manifest", holding.manifest.digest, 2.0)
         client.close(linger_ms=0)
+
+
+@pytest.mark.parametrize("nbytes", [server_module.MAX_REQUEST_BYTES // 2, server_module.MAX_REQUEST_BYTES + 1])
+def test_a_request_that_is_no_request_by_its_size_ends_its_connection_and_no_other(context, nbytes):
+    for server in serving():
+        holding = holding_of()
+        server.hold(holding)
+        digest = holding.manifest.digest
+        clients = [Connection(context, server.endpoint, b"", None) for _ in range(2)]
+        clients[0].ask("manifest", digest, padding=bytes(nbytes))
+        if nbytes > server_module.MAX_REQUEST_BYTES:
+            with pytest.raises(SilentError):
+                clients[0].answer("manifest", digest, time.monotonic() + SILENCE_S)
+        else:
+            assert clients[0].answer("manifest", digest, time.monotonic() + DEADLINE_S).payload
+        assert asked(clients[1], "manifest", digest).payload
+        for client in clients:
+            client.close(linger_ms=0)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "::", "node7.cluster", "1270.0.0.1"])
