@@ -35,7 +35,7 @@ from weight_sync_transfer import alternatives_case, delta_case, fleet_case, shar
 CASES = ("shared-memory", "tcp", "fleet", "alternatives", "delta", "memory", "engine", "demo")
 DTYPES = ("bfloat16", "float32")
 GIB, MIB, GB = 1 << 30, 1 << 20, 1e9
-MIN_COLUMNS = 150
+MIN_COLUMNS = 170
 """Of the table, also where the output is no terminal."""
 
 

@@ -7,8 +7,10 @@ import contextlib
 import importlib.util
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 from types import ModuleType
@@ -28,6 +30,9 @@ SMALL_BYTES = GIB // 4
 PAUSE_SHARE = 0.25
 DEMO_S = 0.06
 MAX_LENGTH = 256
+PROMPT_IDS = [9, 8, 7]
+FIRST_TOKENS = 5
+"""Of a request that is watched, before its version comes."""
 ENGINE = GeneratorConfig(enforce_eager=True, kv_cache_gib=0.25, max_sequences=32)
 DEMO_ENGINE = GeneratorConfig(enforce_eager=True, kv_cache_gib=0.5)
 DEMO_PARTS = ("gather", "transfer", "stage", "load", "pause", "verify", "other")
@@ -47,12 +52,31 @@ def engine_case(workload: Workload, repeats: int) -> list[Row]:
                 engine = starting(stack, EngineSink, folder, dtype, maps_memory, environment=environment)
                 sync = Sync(starting(stack, trainer_of, folder, dtype, workload.bucket_bytes), [engine])
                 figures = interleaved({"sync": partial(sync.once, route)}, repeats)["sync"]
+                if maps_memory:
+                    standstills = _standstills(sync, engine, repeats)
             name, whole = f"engine of {size / GIB:.2f} GiB, {way}, {dtype}", figures["seconds"]
             rows.append(Row(name, whole, size))
             rows += [Row(f"{name}: {part}", figures[part], size) for part in ("gather", "transfer", "stage", "load")]
             share = figures["pause"] / whole
             limit = f"the whole sync: {whole:.3f} s"
             rows.append(Row(f"{name}: pause", figures["pause"], None, limit, share, at_most=PAUSE_SHARE))
+    return rows + [replace(row, case=f"{row.case}, {dtype}") for row in standstills]
+
+
+def _standstills(sync: Sync, engine: Peer, repeats: int) -> list[Row]:
+    """How long a running request waits for its next token while a version comes in, staged and loaded in place."""
+    rows = []
+    for how, least in (("staged", 0), ("in place", None)):
+        seen = []
+        for _ in range(WARMUP + repeats):
+            sync.version += 1
+            sync.trainer.call("change", 1.0)
+            offer = sync.trainer.call("publish", sync.version)[0]
+            seen.append(engine.call("watch", offer, least))
+        whole, longest, usual = (median(column) for column in zip(*seen[WARMUP:], strict=True))
+        limit = f"the whole of it: {whole:.3f} s; a usual token: {usual:.3f} s"
+        at_most = PAUSE_SHARE if how == "staged" else None
+        rows.append(Row(f"longest wait for a token, {how}", longest, None, limit, longest / whole, at_most=at_most))
     return rows
 
 
@@ -147,9 +171,49 @@ class EngineSink:
         parts |= {"load": receipt.load_s, "pause": receipt.pause_s}
         return Arrival(time.perf_counter(), receipt.route, receipt.received_bytes, parts)
 
+    def watch(self, offer: WeightsOffer, stage_from_mib: int | None) -> tuple[float, float, float]:
+        """Receive a version and load it while a request is sampled.
+
+        Returns:
+            Seconds of all that, of its longest wait for a token meanwhile, and of a usual wait before.
+        """
+        return self._runner.run(self._watched(offer, stage_from_mib))
+
+    async def _watched(self, offer: WeightsOffer, stage_from_mib: int | None) -> tuple[float, float, float]:
+        held, before = self._generator._weights, self._generator._weights.config
+        held.config = before.model_copy(update={"stage_from_mib": stage_from_mib})
+        moments: list[float] = []
+        sampling = asyncio.create_task(self._sample(moments, f"watched-{offer.version}"))
+        try:
+            await _until(lambda: len(moments) > FIRST_TOKENS)
+            started = time.perf_counter()
+            await self._generator.load_weights(offer)
+            ended, count = time.perf_counter(), len(moments)
+            await _until(lambda: len(moments) > count)
+        finally:
+            held.config = before
+            sampling.cancel()
+        steps = list(pairwise(moments))
+        longest = max(later - earlier for earlier, later in steps if later >= started)
+        return ended - started, longest, median(later - earlier for earlier, later in steps if later < started)
+
+    async def _sample(self, moments: list[float], request_id: str) -> None:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        tokens = MAX_LENGTH - len(PROMPT_IDS)
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+        async for _ in self._generator._engine.generate({"prompt_token_ids": PROMPT_IDS}, params, request_id):
+            moments.append(time.perf_counter())
+
     def close(self) -> None:
         self._runner.run(self._generator.stop())
         self._runner.close()
+
+
+async def _until(happened: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not happened():
+            await asyncio.sleep(0.002)
 
 
 class DemoRun:
