@@ -18,6 +18,8 @@ from actors.weights.offer import WeightsOffer
 from actors.weights.receiver import ReceivedWeights
 
 PHASES = ("received", "prepared", "paused", "loading", "half_loaded", "resumed", "verifying", "verified")
+STAGED_PHASES = ("staging", "prepared", "half_loaded", "resumed")
+"""Those in which a version that is staged differs from one that is loaded in place."""
 FOLDER = "phases"
 STOPPED_S = 120.0
 
@@ -57,8 +59,8 @@ class SteppingWeights(EngineWeights):
         await self.reach("received")
         return received
 
-    async def _prepare(self, received: ReceivedWeights) -> None:
-        await super()._prepare(received)
+    async def _prepare(self, received: ReceivedWeights, version: int, until: float) -> None:
+        await super()._prepare(received, version, until)
         await self.reach("prepared")
 
     async def pause_for(self, version: int) -> None:
@@ -79,7 +81,7 @@ class SteppingWeights(EngineWeights):
 
 
 class SteppingEngine:
-    """The engine, which stops before (`loading`) and after (`half_loaded`) its layers are filled."""
+    """The engine, which stops while it stages, before (`loading`) and after (`half_loaded`) its layers are filled."""
 
     def __init__(self, engine: Any, weights: SteppingWeights) -> None:
         self._engine = engine
@@ -87,6 +89,11 @@ class SteppingEngine:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+    async def collective_rpc(self, method: str, **options: Any) -> Any:
+        if method == "is_staged":
+            await self._weights.reach("staging")
+        return await self._engine.collective_rpc(method, **options)
 
     async def update_weights(self, request: Any) -> None:
         await self._weights.reach("loading")

@@ -37,7 +37,7 @@ from rollout.samples import Completion, Generation
 from tests.actors.test_generator import Policy, Setup, chosen
 from tests.actors.test_generator_updates import canaries_of
 from tests.hosts import ROOT
-from tests.orchestrator.stepping_generator import FOLDER, PHASES, SteppingGenerator, reached, wanted
+from tests.orchestrator.stepping_generator import FOLDER, PHASES, STAGED_PHASES, SteppingGenerator, reached, wanted
 from tests.tiny_model import build_tiny_vlm
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
@@ -46,6 +46,8 @@ LONG = SamplingConfig(max_tokens=120, ignore_eos=True)
 REQUESTS = 3
 """In flight at any time; together they have more sequences than a generator decodes at once, so that some wait."""
 DEADLINE_S = 120.0
+IN_PLACE, STAGING = "generator-0", "generator-1"
+"""How each loads its versions."""
 MAX_GAP = 1e-4
 """Of a log-probability, nats; other versions are off by half a nat and more."""
 
@@ -178,7 +180,7 @@ async def scene(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene
     deadlines = DeadlineConfig(start_s=DEADLINE_S, generate_s=60.0, sync_s=30.0, stop_s=5.0)
 
     async def launch(name: str) -> GeneratorHandle:
-        weights = WeightsConfig(canaries=2, patience_s=1.0)
+        weights = WeightsConfig(canaries=2, patience_s=1.0, stage_from_mib=0 if name == STAGING else None)
         return await GeneratorHandle.start(
             GeneratorSpec(model, config, deadlines, media.folder, name=name, weights=weights)
         )
@@ -221,14 +223,14 @@ def kill_engine(process: psutil.Process) -> None:
     engine.wait(DEADLINE_S)
 
 
-CASES = [(kill, phase) for phase in PHASES for kill in (kill_generator, kill_engine)]
+VICTIMS = [(IN_PLACE, phase) for phase in PHASES] + [(STAGING, phase) for phase in STAGED_PHASES]
 
 
-@pytest.mark.parametrize(("kill", "phase"), CASES, ids=[f"{phase}-{kill.__name__}" for kill, phase in CASES])
+@pytest.mark.parametrize("kill", [kill_generator, kill_engine])
+@pytest.mark.parametrize(("name", "phase"), VICTIMS)
 async def test_a_generator_killed_at_any_phase_of_an_update_comes_back_current_and_nobody_serves_a_mixture(
-    scene: Scene, kill: Callable[[psutil.Process], None], phase: str
+    scene: Scene, kill: Callable[[psutil.Process], None], name: str, phase: str
 ):
-    name = f"generator-{PHASES.index(phase) % 2}"
     restarts, handle = scene.member(name).restarts, scene.member(name).handle
     wanted(scene.folder, name).write_text(phase)
     publishing = asyncio.create_task(scene.publish())
