@@ -170,7 +170,7 @@ class WeightsConfig(BaseModel):
         64,
         ge=0,
         description="Versions from this size on are made ready beside generation, which then pauses for a moment only; "
-        "until then the engine holds a second copy of the weights. On CPU, where loading means packing; null: never.",
+        "the engine needs memory for a second copy of the weights. On CPU, where loading means packing; null: never.",
     )
     in_flight: Literal["keep", "wait", "abort"] = Field(
         "keep", description="Running requests go on with the new weights, are finished first, or are begun anew."

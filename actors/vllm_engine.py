@@ -29,6 +29,7 @@ def engine_environment(config: GeneratorConfig) -> dict[str, str]:
         # keep freed memory: a weight update on CPU makes every layer anew, and fresh pages cost more than the copies
         "MALLOC_MMAP_THRESHOLD_": str(GIB),
         "MALLOC_TRIM_THRESHOLD_": str(64 * GIB),
+        "MALLOC_ARENA_MAX": "1",  # so that the thread that stages a version takes what an older one's left
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }

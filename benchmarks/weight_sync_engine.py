@@ -19,12 +19,12 @@ from typing import Any
 from weight_sync_processes import DEADLINE_S, WARMUP, Arrival, Peer, Row, Sync, Trainer, Workload, interleaved, starting
 
 from actors.config import DeadlineConfig, GeneratorConfig, ModelConfig, TrainerConfig, WeightsConfig
-from actors.vllm_engine import engine_environment
+from actors.vllm_engine import engine_environment, engine_processes
 from actors.weights.offer import WeightsOffer
 from actors.weights.source import DTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 SMALL_BYTES = GIB // 4
 """A model below this gets a small vocabulary and narrow layers."""
 PAUSE_SHARE = 0.25
@@ -50,8 +50,10 @@ def engine_case(workload: Workload, repeats: int) -> list[Row]:
             with contextlib.ExitStack() as stack:
                 environment = engine_environment(ENGINE)
                 engine = starting(stack, EngineSink, folder, dtype, maps_memory, environment=environment)
+                before = engine.call("memory")
                 sync = Sync(starting(stack, trainer_of, folder, dtype, workload.bucket_bytes), [engine])
                 figures = interleaved({"sync": partial(sync.once, route)}, repeats)["sync"]
+                kept = engine.call("memory") - before
                 if maps_memory:
                     standstills = _standstills(sync, engine, repeats)
             name, whole = f"engine of {size / GIB:.2f} GiB, {way}, {dtype}", figures["seconds"]
@@ -60,6 +62,8 @@ def engine_case(workload: Workload, repeats: int) -> list[Row]:
             share = figures["pause"] / whole
             limit = f"the whole sync: {whole:.3f} s"
             rows.append(Row(f"{name}: pause", figures["pause"], None, limit, share, at_most=PAUSE_SHARE))
+            limit = f"the model: {size / MIB:.0f} MiB; private, beyond its start: {kept / MIB:.0f} MiB"
+            rows.append(Row(f"{name}: engine's memory", None, None, limit, kept / size))
     return rows + [replace(row, case=f"{row.case}, {dtype}") for row in standstills]
 
 
@@ -170,6 +174,12 @@ class EngineSink:
         parts = {"transfer": receipt.transfer_s, "stage": receipt.stage_s}
         parts |= {"load": receipt.load_s, "pause": receipt.pause_s}
         return Arrival(time.perf_counter(), receipt.route, receipt.received_bytes, parts)
+
+    def memory(self) -> int:
+        """Private memory of the engine's process; it gives nothing back, so this is its peak too."""
+        (process,) = (p for p in engine_processes(self._generator._engine) if "EngineCore" in " ".join(p.cmdline()))
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
     def watch(self, offer: WeightsOffer, stage_from_mib: int | None) -> tuple[float, float, float]:
         """Receive a version and load it while a request is sampled.
