@@ -46,6 +46,7 @@ def _beyond(peers: dict[str, Peer], workload: Workload, repeats: int, share: flo
     """By process, the most it held in any of so many syncs beyond what is accounted for."""
     trainer, sink = peers.values()
     sink.call("receive", trainer.call("publish", 0, True)[0])
+    trainer.call("change", share)  # what that takes is the benchmark's own
     before = {name: peer.call("memory") for name, peer in peers.items()}
     peaks = dict.fromkeys(peers, 0)
     for version in range(1, 1 + STEADY + repeats):

@@ -6,24 +6,31 @@ version it is reading, and holds up neither the trainer nor the others.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import zmq
 
+from actors.weights.delta import Delta
 from actors.weights.manifest import ALIGNMENT, Part
 from actors.weights.memory import Memory, host_identity
 from actors.weights.offer import Keys, PartOffer, WeightsOffer
 from actors.weights.relays import Relay, RelayTree
 from actors.weights.server import LOOPBACK, Holding, WeightServer
 from actors.weights.source import WeightSource
-from actors.weights.writer import Delta, VersionWriter
+from actors.weights.writer import VersionWriter
 
 logger = logging.getLogger(__name__)
+
+LATE = 4.0
+"""A member is late, or slow, if it takes so many times as long as others."""
 
 
 @dataclass(eq=False)
@@ -32,6 +39,16 @@ class _Published:
 
     holding: Holding
     tree: RelayTree
+    began: dict[str, tuple[Relay, float]] = field(default_factory=dict)
+    """Which process by that name asked for a source, and when it first did, on the monotonic clock."""
+    took: dict[str, float] = field(default_factory=dict)
+    """Seconds from then until it had all of it, of those that pulled it over the network."""
+
+    @property
+    def slow(self) -> set[str]:
+        """Members that held up others with this version, or did before and still take much longer than most."""
+        usual = median(self.took.values()) if self.took else 0.0
+        return {name for name in self.tree.slow if self.took.get(name, float("inf")) > LATE * usual}
 
     @property
     def digest(self) -> str:
@@ -84,7 +101,7 @@ class WeightPublisher:
         self._older: _Published | None = None
         self._told_egress = 0
         self.epoch = time.time_ns() if epoch is None else epoch
-        self.server = WeightServer(host=host, port=port, keys=self._keys, directory=self._source_of)
+        self.server = WeightServer(host=host, port=port, keys=self._keys, directory=self)
 
     @property
     def endpoint(self) -> str:
@@ -142,14 +159,21 @@ class WeightPublisher:
         memory = self._memory_for(source, previous)
         wants_delta = self._has_delta and previous is not None and self.server.egress_bytes > 0
         base = previous.holding if previous is not None and wants_delta else None
+        if base is not None:
+            _return_freed_memory()  # of messages that went whole
         writer = VersionWriter(source, memory, bucket_bytes=self._bucket_bytes, base=base)
         source.read(writer)
         manifest, delta = writer.finish(self.epoch, version)
         memory.unclaim()
+        if base is not None:
+            del writer
+            _return_freed_memory()  # of what it took to compare and to code
         holding = Holding(manifest, memory)
         if delta is not None:
             holding.deltas = {delta.base: delta.buckets}
-        return _Published(holding, RelayTree(self._fan_out, self._host_identity)), delta
+        with self._lock:
+            slow = set() if previous is None else previous.slow
+        return _Published(holding, RelayTree(self._fan_out, self._host_identity, slow)), delta
 
     def _memory_for(self, source: WeightSource, previous: _Published | None) -> Memory:
         """Claimed memory to write into; what lies in it isn't served any more."""
@@ -169,6 +193,7 @@ class WeightPublisher:
             self._current = None if self._current is published else self._current
             self._older = None if self._older is published else self._older
         self.server.drop(published.digest)
+        published.holding.deltas.clear()  # before the next version's come
 
     def _replace(self, published: _Published) -> None:
         """At most two versions: the new one, and the older one that somebody is still pulling."""
@@ -188,12 +213,39 @@ class WeightPublisher:
         memory.unclaim()
         return False
 
-    def _source_of(self, digest: str, member: Relay, lost: str | None) -> Relay | None:
+    def source(self, digest: str, member: Relay, lost: str | None, *, waits: bool) -> Relay | None:
+        """See :class:`actors.weights.server.Directory`."""
         with self._lock:
-            for each in (self._current, self._frozen, self._older):
-                if each is not None and each.digest == digest:
-                    return each.tree.join(member, lost)
-        return None
+            published = self._published(digest)
+            if published is None:
+                return None
+            now, (process, began) = time.monotonic(), published.began.get(member.name, (None, 0.0))
+            if process != member:
+                began, published.began[member.name] = now, (member, now)
+            if not waits:
+                return published.tree.join(member, lost)
+            longest = max(published.took.values(), default=float("inf"))
+            return published.tree.relieve(member, is_late=now - began > LATE * longest)
+
+    def done(self, digest: str, name: str) -> None:
+        """See :class:`actors.weights.server.Directory`."""
+        with self._lock:
+            published = self._published(digest)
+            if published is None or name not in published.began:
+                return
+            published.tree.done(name)
+            if published.tree.pulls(name):
+                published.took[name] = time.monotonic() - published.began[name][1]
+
+    def _published(self, digest: str) -> _Published | None:
+        held = (self._current, self._frozen, self._older)
+        return next((each for each in held if each is not None and each.digest == digest), None)
+
+
+def _return_freed_memory() -> None:
+    """Give back to the system what the C library would keep: beside a delta that counts, and it hardly takes time."""
+    with contextlib.suppress(AttributeError):  # glibc's own
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def read_on_other_ranks(sources: Sequence[WeightSource]) -> None:

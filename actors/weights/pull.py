@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actors.weights.connection import Answer, Connection, GoneError, RefusedError, SilentError
+from actors.weights.delta import apply_delta
 from actors.weights.manifest import Manifest, ManifestError, bucket_digest
 from actors.weights.memory import MemoryAddress
 from actors.weights.offer import WeightsOffer
 from actors.weights.relays import ROOT, Relay
 from actors.weights.server import SLICE_BYTES, Holding
-from actors.weights.writer import apply_delta
 from rollout.failures import Failure, FailureError, FailureKind
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ WINDOW = 3
 MAX_ATTEMPTS = 4
 """How often a bucket may arrive damaged from one source."""
 MAX_PATIENCE_S = 60.0
+RELIEF_S = 2.0
+"""For the publisher to say whether there is a better source."""
 
 
 @dataclass(eq=False)
@@ -61,11 +63,12 @@ class Traffic:
 
 
 class SourceLostError(Exception):
-    """A relay is dead, silent, or serves damage."""
+    """A relay is dead, silent, or serves damage; or it is slow, and there is a better one (`is_slow`)."""
 
-    def __init__(self, name: str, why: str) -> None:
+    def __init__(self, name: str, why: str, *, is_slow: bool = False) -> None:
         super().__init__(why)
         self.name = name
+        self.is_slow = is_slow
 
 
 class Wanted:
@@ -162,8 +165,22 @@ class Pull:
 
     def source(self, digest: str, member: Relay, lost: str | None) -> Relay | None:
         """Whom to pull from; None for the publisher."""
-        fields = {"member": [member.name, member.host, member.endpoint, member.server_key], "lost": lost}
-        told = self._ask_root("sources", digest, **fields).header.get("source")
+        return self._named(self._ask_root("sources", digest, member=_fields(member), lost=lost))
+
+    def _relieved(self, digest: str, member: Relay, source: Relay) -> bool:
+        """Whether the publisher has a better source by now than this one; it may be busy, and is asked once."""
+        self.root.ask("sources", digest, member=_fields(member), waits=True)
+        try:
+            answer = self.root.answer("sources", digest, min(self._until, time.monotonic() + RELIEF_S))
+            return self._named(answer) != source
+        except SilentError:
+            self.root.reconnect()  # else a late answer would be taken for another one's
+        except (GoneError, RefusedError) as error:
+            logger.info("no other source of version %d: %s", self.offer.version, error)
+        return False
+
+    def _named(self, answer: Answer) -> Relay | None:
+        told = answer.header.get("source")
         try:
             return None if told is None else Relay(*map(str, told))
         except TypeError as error:
@@ -192,22 +209,32 @@ class Pull:
             logger.info("no memory of version %d to be mapped: %r", self.offer.version, error)
         return None
 
-    def done(self, digest: str, connection: Connection | None = None) -> None:
+    def done(self, digest: str, member: str, connection: Connection | None = None) -> None:
         """Tell a source, or the publisher, that nothing more is needed of it."""
-        (connection or self.root).ask("done", digest)
+        (connection or self.root).ask("done", digest, member=member)
 
-    def buckets(self, own: Own, connection: Connection, name: str, arrived: Callable[[], None]) -> None:
+    def buckets(
+        self, own: Own, connection: Connection, member: Relay, source: Relay | None, arrived: Callable[[], None]
+    ) -> None:
         """Fill in what is missing, a few buckets under way at a time.
 
+        Args:
+            member: this process.
+            source: whose the connection is; None for the publisher's.
         Raises:
-            SourceLostError: this relay doesn't serve any more.
+            SourceLostError: this relay doesn't serve any more, or the publisher has a better source.
             FailureError: the publisher doesn't, or time is up.
         """
-        digest = own.holding.manifest.digest
+        digest, name = own.holding.manifest.digest, ROOT if source is None else source.name
+        look_around = time.monotonic() + self._patience_s
         self.traffic.is_mapped, self.traffic.source = False, name
         wanted = Wanted(own)
         attempts: Counter[int] = Counter()
         while own.holding.missing:
+            if source is not None and time.monotonic() >= look_around:
+                if self._relieved(digest, member, source):
+                    raise SourceLostError(name, "it is slow, and there is a better source", is_slow=True)
+                look_around = time.monotonic() + self._patience_s
             for index, part, base in wanted.next(WINDOW):
                 connection.ask("bucket", digest, index=index, part=part, base=base)
             try:
@@ -249,16 +276,13 @@ class Pull:
         if not wanted.came(index, answer.part):
             return None
         manifest, place, before = own.holding.manifest, own.holding.content(index), own.found[index]
+        own.found[index] = None  # what lies there is neither the one nor the other until the last part is in
         if encoding == "delta":
             try:
-                content = apply_delta(answer.payload, np.frombuffer(place, dtype=np.uint8))
+                apply_delta(answer.payload, np.frombuffer(place, dtype=np.uint8))
             except ValueError:
                 return False
-            if bucket_digest(content) != manifest.digests[index]:
-                return False
-            place[:] = content.data
         else:
-            own.found[index] = None  # what lies there is neither the one nor the other until the last part is in
             start = answer.part * SLICE_BYTES
             if len(answer.payload) != len(place[start : start + SLICE_BYTES]):
                 return False
@@ -266,8 +290,8 @@ class Pull:
             if wanted.more(index):
                 self.traffic.received_bytes += len(answer.payload)
                 return None
-            if bucket_digest(place) != manifest.digests[index]:
-                return False
+        if bucket_digest(place) != manifest.digests[index]:
+            return False
         self.traffic.received_bytes += len(answer.payload)
         self.traffic.encodings[encoding] += 1
         if encoding == "delta" and before is not None and self._serves:
@@ -312,6 +336,10 @@ class Pull:
     def failure(self, reason: str, why: str) -> FailureError:
         """What went wrong with this offer."""
         return refusal(reason, f"weights of policy version {self.offer.version} from {self.offer.endpoint}: {why}")
+
+
+def _fields(member: Relay) -> list[str]:
+    return [member.name, member.host, member.endpoint, member.server_key]
 
 
 def refusal(reason: str, message: str) -> FailureError:

@@ -214,7 +214,7 @@ class WeightReceiver:
         if self.settings.maps_memory and self._host == pull.offer.host:
             holding = self._map_from(pull.root, ROOT, manifest, pull)
             if holding is not None:
-                pull.done(manifest.digest)
+                pull.done(manifest.digest, self.name)
                 return ReceivedPart(holding, is_mapped=True)
         return self._pull_part(manifest, pull)
 
@@ -225,23 +225,23 @@ class WeightReceiver:
             source = pull.source(manifest.digest, member, lost)
             try:
                 if source is None:
-                    pull.buckets(self._prepare(manifest), pull.root, ROOT, self._arrived)
+                    pull.buckets(self._prepare(manifest), pull.root, member, None, self._arrived)
                     break
                 with contextlib.closing(self.connect(source, pull.offer)) as connection:
                     holding = None
                     if self.settings.maps_memory and source.host == self._host:
                         holding = self._map_from(connection, source.name, manifest, pull)
                     if holding is None:
-                        pull.buckets(self._prepare(manifest), connection, source.name, self._arrived)
-                    pull.done(manifest.digest, connection)
+                        pull.buckets(self._prepare(manifest), connection, member, source, self._arrived)
+                    pull.done(manifest.digest, self.name, connection)
                 if holding is not None:
-                    pull.done(manifest.digest)
+                    pull.done(manifest.digest, self.name)
                     return ReceivedPart(holding, is_mapped=True)
                 break
             except SourceLostError as error:
                 logger.info("%s: %s no longer serves version %d: %s", self.name, error.name, manifest.version, error)
-                lost = None if source is None else source.endpoint
-        pull.done(manifest.digest)
+                lost = None if source is None or error.is_slow else source.endpoint
+        pull.done(manifest.digest, self.name)
         return ReceivedPart(self._own[manifest.part].holding, is_mapped=False)
 
     def _arrived(self) -> None:
@@ -312,6 +312,7 @@ class WeightReceiver:
             return
         if is_written_over or not self._is_pulled(before):
             self._unserve(before)
+            before.holding.deltas.clear()  # before the next version's come, whoever still holds this one
         else:
             self._older[part] = before
 

@@ -8,8 +8,9 @@ mixed up between versions. What a relay doesn't have yet it answers when it has 
     bucket   {digest, index, part, base} -> {encoding: full | delta}, content; base is what the client's bucket is from;
                                            in full it comes in parts, so that no message is large
     memory   {digest}                   -> {memory}, where processes of this host map it, once it is whole
-    sources  {digest, member, lost}     -> {source}, whom to pull from (the publisher alone answers)
-    done     {digest}                   no answer; the client needs nothing more of it
+    sources  {digest, member, lost, waits} -> {source}, whom to pull from (the publisher alone answers); waits: it has
+                                           been waiting for the source that it has
+    done     {digest, member}           no answer; the client needs nothing more of it
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import msgpack
 import zmq
@@ -38,7 +38,7 @@ POLL_MS = 500
 LOOPBACK = "127.0.0.1"
 ZAP_DOMAIN = "weights"
 ZERO_COPY_BYTES = 65536
-SLICE_BYTES = 2 << 20
+SLICE_BYTES = 1 << 20
 """Of a bucket in one message. CURVE holds three copies of a message while it is under way, on each side."""
 WAKE = "inproc://wake"
 KEPT_NAMES = 16
@@ -46,8 +46,21 @@ MAX_WAITING = 10_000
 IDLE_S = 90.0
 """A client that has asked for nothing for so long has given up: the most patient one asks again after 60 s."""
 MAX_REQUEST_BYTES = 1 << 20
-Directory = Callable[[str, Relay, str | None], Relay | None]
-"""Whom a member pulls a version from: digest, member, endpoint of the source it lost; None for this server itself."""
+
+
+class Directory(Protocol):
+    """Knows who pulls a version from whom."""
+
+    def source(self, digest: str, member: Relay, lost: str | None, *, waits: bool) -> Relay | None:
+        """Whom a member pulls from; None for this server itself.
+
+        Args:
+            lost: endpoint of the source it had, which is gone.
+            waits: it has been waiting for the one that it has.
+        """
+
+    def done(self, digest: str, name: str) -> None:
+        """A member has all of a version."""
 
 
 class NotLoopbackError(ValueError):
@@ -258,6 +271,8 @@ class WeightServer:
         with self._lock:
             if request.operation == "done":
                 self._pulling.get(request.digest, {}).pop(request.client, None)
+                if self._directory is not None:
+                    self._directory.done(request.digest, str(request.fields.get("member", "")))
                 return
             holding = self._holdings.get(request.digest)
             reply = ({"error": "this version isn't served here any more"}, b"")
@@ -293,7 +308,8 @@ class WeightServer:
             case "sources" if self._directory is not None:
                 member = Relay(*(exactly(str, field) for field in request.fields["member"]))
                 lost = exactly(str, request.fields.get("lost") or "")
-                source = self._directory(request.digest, member, lost or None)
+                waits = exactly(bool, request.fields.get("waits", False))
+                source = self._directory.source(request.digest, member, lost or None, waits=waits)
                 told = None if source is None else [source.name, source.host, source.endpoint, source.server_key]
                 return {"source": told}, b""
             case "bucket" if 0 <= request.index < len(holding.manifest.digests):

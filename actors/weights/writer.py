@@ -1,23 +1,21 @@
 """Writes one part of a policy version into memory as the source hands it over: casts, digests, and the delta.
 
-Where the version before is at hand, what changed is kept as the exclusive or of old and new bytes, compressed: at small
-learning rates few 16-bit words change, so it is mostly zeros. It may lie in the same memory: then it is overwritten
-bucket by bucket.
+Where the version before is at hand, what changed is kept. It may lie in the same memory: then it is overwritten piece
+by piece, each once it has been compared with the new one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import lz4.block
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from actors.weights.delta import Bytes, Delta, DeltaEncoder
 from actors.weights.manifest import DTYPE_BYTES, Manifest, TensorEntry, bucket_count, bucket_digest
 from actors.weights.memory import Memory
 from actors.weights.source import DTYPES, WeightSource
@@ -25,59 +23,8 @@ from actors.weights.source import DTYPES, WeightSource
 if TYPE_CHECKING:
     from actors.weights.server import Holding
 
-DELTA_SHARE = 0.25
-"""A delta larger than this share of its bucket isn't kept: the bucket itself is sent."""
-UNCHANGED = b""
-"""The delta of a bucket that is the same in both versions."""
-Bytes = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What changed since the version before.
-
-    Attributes:
-        base: digest of the manifest it starts from.
-        buckets: compressed exclusive or by bucket; buckets that are left out are sent whole.
-        changed_words: elements that differ.
-        words: elements in all.
-    """
-
-    base: str
-    buckets: dict[int, bytes] = field(default_factory=dict)
-    changed_words: int = 0
-    words: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all compressed buckets."""
-        return sum(map(len, self.buckets.values()))
-
-
-def encode_delta(exclusive_or: Bytes) -> bytes | None:
-    """A bucket's changes for the wire; None where the bucket itself is the better way."""
-    if not exclusive_or.any():
-        return UNCHANGED
-    packed: bytes = lz4.block.compress(exclusive_or, store_size=False)
-    return packed if len(packed) < DELTA_SHARE * len(exclusive_or) else None
-
-
-def apply_delta(packed: bytes | memoryview, old: Bytes) -> Bytes:
-    """The new content of a bucket.
-
-    Raises:
-        ValueError: these aren't the changes of a bucket of that size.
-    """
-    if len(packed) == 0:
-        return old
-    try:
-        plain = lz4.block.decompress(packed, uncompressed_size=len(old), return_bytearray=True)
-    except lz4.block.LZ4BlockError as error:
-        raise ValueError(f"not a delta: {error}") from error
-    if len(plain) != len(old):
-        raise ValueError(f"a delta of {len(plain)} bytes for a bucket of {len(old)}")
-    changes = np.frombuffer(plain, dtype=np.uint8)
-    return np.bitwise_xor(old, changes, out=changes)
+SPARE_BYTES = 512 << 10
+"""Of new content, compared with the old at a time; the pieces that a delta is coded in are multiples of it."""
 
 
 class VersionWriter:
@@ -100,13 +47,17 @@ class VersionWriter:
         self._delta = Delta(base.manifest.digest) if base is not None else None
         self._old = np.frombuffer(base.memory.view, dtype=np.uint8) if base is not None else self._target
         self._is_in_place = base is not None and base.memory is memory
-        self._count = bucket_count(source.nbytes, bucket_bytes)
-        self._digests: list[Future[bytes]] = []
-        # Buckets are finished beside the reading of the next one. Where the old content is still there, the new one
-        # waits in one of two spare buckets for it to be compared; elsewhere, it is written where it stays.
+        self._piece_bytes = bucket_bytes if base is None else min(SPARE_BYTES, bucket_bytes)
+        self._pieces_a_bucket = bucket_count(bucket_bytes, self._piece_bytes)
+        # Where the old content is still there, the new one waits in a spare piece for it to be compared; elsewhere, it
+        # is written where it stays. A bucket is finished beside the reading of the next one.
+        self._spare = np.empty(self._piece_bytes if self._is_in_place else 0, np.uint8)
         self._worker = ThreadPoolExecutor(1, "weights-writer")
-        self._spare = [np.empty(bucket_bytes, np.uint8) for _ in range(2)] if base is not None else []
+        self._digests: list[Future[bytes]] = []
+        self._encoder = DeltaEncoder(0)
         self._changed = 0
+        self._counted = 0  # tensors whose changed elements are all counted
+        self._complete = 0  # pieces
         self._written = 0
 
     def put(self, entry: TensorEntry, tensor: Tensor) -> None:
@@ -121,10 +72,10 @@ class VersionWriter:
 
     def finish(self, epoch: int, version: int) -> tuple[Manifest, Delta | None]:
         """The manifest of what was written, and the delta if one was made."""
-        self._finish_before(self._count)
+        source = self._source
+        self._complete_before(self._piece_of(source.nbytes - 1) + 1)
         digests = tuple(digest.result() for digest in self._digests)
         self._worker.shutdown()
-        source = self._source
         manifest = Manifest(
             epoch,
             version,
@@ -141,50 +92,76 @@ class VersionWriter:
         return manifest, Delta(self._delta.base, self._delta.buckets, self._changed, words)
 
     def _places(self, start: int, end: int) -> Iterator[tuple[Bytes, int]]:
-        """Where the bytes of a range are to be written, bucket by bucket, and the first of each piece."""
+        """Where the bytes of a range are to be written, piece by piece, and the first of each."""
         while start < end:
-            bucket = start // self._bucket_bytes
-            self._finish_before(bucket)
-            offset = bucket * self._bucket_bytes
-            stop = min(end, offset + self._bucket_bytes)
+            piece = self._piece_of(start)
+            self._complete_before(piece)
+            first, behind = self._span(piece)
+            stop = min(end, behind)
             if self._is_in_place:
-                yield self._spare[bucket % 2][start - offset : stop - offset], start
+                yield self._spare[start - first : stop - first], start
             else:
                 yield self._target[start:stop], start
             start = stop
 
-    def _finish_before(self, bucket: int) -> None:
-        """Every bucket before this one is complete."""
-        while len(self._digests) < bucket:
-            index = len(self._digests)
-            if self._is_in_place and index >= 1:
-                self._digests[index - 1].result()  # its spare bucket is the next one's
-            self._digests.append(self._worker.submit(self._finish, index))
+    def _piece_of(self, position: int) -> int:
+        bucket, offset = divmod(position, self._bucket_bytes)
+        return bucket * self._pieces_a_bucket + offset // self._piece_bytes
 
-    def _finish(self, index: int) -> bytes:
-        start = index * self._bucket_bytes
-        content = self._target[start : start + self._bucket_bytes]
-        if self._delta is not None:
-            old, spare = self._old[start : start + len(content)], self._spare[index % 2][: len(content)]
-            new, difference = (spare, content) if self._is_in_place else (content, spare)
-            np.bitwise_xor(old, new, out=difference)
-            self._changed += _changed_words(difference, self._source.entries[0].dtype)
-            packed = encode_delta(difference)
-            if packed is not None:
-                self._delta.buckets[index] = packed
-            if self._is_in_place:
-                content[:] = new
-        return bucket_digest(content)
+    def _span(self, piece: int) -> tuple[int, int]:
+        """First byte of a piece, and the first behind it."""
+        bucket, index = divmod(piece, self._pieces_a_bucket)
+        start = bucket * self._bucket_bytes + index * self._piece_bytes
+        return start, min(start + self._piece_bytes, (bucket + 1) * self._bucket_bytes, self._source.nbytes)
+
+    def _complete_before(self, piece: int) -> None:
+        """All of every piece before this one has been read."""
+        while self._complete < piece:
+            start, end = self._span(self._complete)
+            self._complete += 1
+            bucket = start // self._bucket_bytes
+            first, behind = bucket * self._bucket_bytes, min((bucket + 1) * self._bucket_bytes, self._source.nbytes)
+            if self._delta is not None:
+                if start == first:
+                    self._encoder = DeltaEncoder(behind - first)
+                self._compare(start, end)
+            if end == behind:
+                if self._digests:
+                    self._digests[-1].result()  # changes that wait to be coded take memory
+                self._digests.append(self._worker.submit(self._finish, bucket, self._encoder))
+
+    def _compare(self, start: int, end: int) -> None:
+        """Take the changes of a piece, then write it where it stays."""
+        content = self._target[start:end]
+        new = self._spare[: end - start] if self._is_in_place else content
+        differs = self._encoder.add(self._old[start:end], new)
+        self._changed += self._changed_elements(differs, start, end)
+        if self._is_in_place:
+            content[:] = new
+
+    def _finish(self, bucket: int, encoder: DeltaEncoder) -> bytes:
+        """The worker's part: code the changes of a bucket, and digest it."""
+        if self._delta is not None and (packed := encoder.finish()) is not None:
+            self._delta.buckets[bucket] = packed
+        start = bucket * self._bucket_bytes
+        return bucket_digest(self._target[start : start + self._bucket_bytes])
+
+    def _changed_elements(self, differs: NDArray[np.bool_], start: int, end: int) -> int:
+        """How many elements of the tensors differ in a piece, by which of its words of two bytes do."""
+        count, entries = 0, self._source.entries
+        while self._counted < len(entries) and entries[self._counted].offset < end:
+            entry = entries[self._counted]
+            first, behind = max(start, entry.offset), min(end, entry.offset + entry.nbytes)
+            words = differs[(first - start) // 2 : (behind - start) // 2]
+            count += int(np.count_nonzero(words if DTYPE_BYTES[entry.dtype] == 2 else words.view(np.uint16)))
+            if entry.offset + entry.nbytes > end:
+                break
+            self._counted += 1
+        return count
 
 
 def _same_layout(base: Manifest, source: WeightSource, bucket_bytes: int) -> bool:
     return base.bucket_bytes == bucket_bytes and base.tensors == source.entries and base.part == source.part
-
-
-def _changed_words(exclusive_or: Bytes, dtype: str) -> int:
-    size = DTYPE_BYTES[dtype]
-    whole = exclusive_or[: len(exclusive_or) // size * size]
-    return int(np.count_nonzero(whole.view({2: np.uint16, 4: np.uint32}[size])))
 
 
 class Comparison:

@@ -42,7 +42,7 @@ def test_a_case_has_all_its_lines_with_finite_numbers(case: str) -> None:
 
 def test_the_delta_is_a_small_part_of_the_bytes_and_a_relay_takes_load_off_the_publisher() -> None:
     by_name = {row.case: row for case in ("delta", "fleet") for row in rows_of("--only", case)}
-    # 1% of the words changed at random: a run of about 200 zero bytes, then at most 2 bytes, in a few bytes of LZ4.
+    # 1% of the words changed at random: for each of them a distance of a byte and about a byte of changed bits.
     assert by_name["delta of 1%, TCP, CURVE, bfloat16: bytes"].is_met
     assert by_name["delta of 1%, TCP, CURVE, bfloat16: words"].ratio == pytest.approx(0.01, rel=0.05)
     # The publisher serves two of the three, and those the third.

@@ -11,6 +11,7 @@ import zmq
 from actors.weights.connection import Answer, Connection
 from actors.weights.memory import Memory
 from actors.weights.offer import Keys
+from actors.weights.relays import Relay, RelayTree
 from actors.weights.server import Holding, WeightServer
 from tests.actors.weights.versions import random_tensors, source_of, written
 
@@ -45,3 +46,18 @@ def asked(connection: Connection, operation: str, digest: str, within_s: float =
     """The answer to one request."""
     connection.ask(operation, digest, **fields)
     return connection.answer(operation, digest, time.monotonic() + within_s)
+
+
+class TreeDirectory:
+    """What a publisher knows of one version's tree."""
+
+    def __init__(self, tree: RelayTree) -> None:
+        self._tree = tree
+
+    def source(self, digest: str, member: Relay, lost: str | None, *, waits: bool) -> Relay | None:
+        """See :class:`actors.weights.server.Directory`."""
+        return self._tree.relieve(member) if waits else self._tree.join(member, lost)
+
+    def done(self, digest: str, name: str) -> None:
+        """See :class:`actors.weights.server.Directory`."""
+        self._tree.done(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -158,6 +158,34 @@ def test_a_generator_that_is_still_reading_the_version_before_costs_the_others_n
     assert second.changed_share == 1 / COUNT
     assert sorted(next(iter(publisher.holdings[-1].deltas.values()))) == list(range(8))
     assert bytes(reader.view) == bytes_of(source_of(values))
+
+
+def read_then(values: list[torch.Tensor], happens: Callable[[], None]) -> WeightSource:
+    """A source of these, with something that happens while it is read."""
+
+    def read() -> torch.Tensor:
+        happens()
+        return values[0]
+
+    (tensor,) = source_of(values).tensors
+    return WeightSource([replace(tensor, read=read)], gather_bytes=1 << 20)
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_changes_go_with_the_version_that_they_lead_to_and_before_those_of_the_next_come(new_publisher, is_mapped):
+    values = random_tensors(COUNT)
+    publisher = new_publisher()
+    pulled(publisher, publisher.publish(1, source_of(values)))
+    publisher.publish(2, source_of(changed(values, 5)))
+    second = publisher.holdings[-1]
+    assert len(second.deltas) == 1
+    reader = mapped(publisher) if is_mapped else None
+    kept: list[int] = []
+    publisher.publish(3, read_then(changed(values, 5, 9), lambda: kept.append(len(second.deltas))))
+    # Version 2 is still there for who maps it, and for who comes late and pulls it; else its memory is version 3's.
+    assert kept == ([1] if is_mapped else [0])
+    assert (reader is not None) == (second in publisher.holdings)
+    assert len(publisher.holdings[-1].deltas) == 1
 
 
 def test_without_deltas_nothing_is_measured(new_publisher):

@@ -180,17 +180,34 @@ def test_with_the_same_size_and_other_names_only_what_changed_comes(new_publishe
     assert content_of(received) == bytes_of(source_of(VALUES))
 
 
-@pytest.mark.parametrize("damage", [b"no delta at all", b"\x00", None])
+@pytest.mark.parametrize("damage", [b"no delta at all", b"\x00", "cut", "another"])
 def test_a_damaged_delta_is_replaced_by_the_whole_bucket(new_publisher, new_receiver, damage):
     publisher, receiver = new_publisher(), new_receiver()
     taken(receiver, publisher.publish(1, source_of(VALUES)))
     new = source_of(changed(VALUES, *in_bucket(1, 5)))
     offer = publisher.publish(2, new)
     deltas = next(iter(publisher.holdings[-1].deltas.values()))
-    deltas[5] = deltas[1] if damage is None else damage
+    deltas[5] = {"cut": deltas[5][:-1], "another": deltas[1]}.get(damage, damage)
     received = taken(receiver, offer)
     assert content_of(received) == bytes_of(new)
     assert received.received_bytes == len(deltas[1]) + BUCKET_BYTES
+
+
+def test_changes_are_never_applied_to_what_damaged_ones_have_left_behind(new_publisher, new_receiver):
+    publisher, receiver = new_publisher(), new_receiver()
+    taken(receiver, publisher.publish(1, source_of(VALUES)))
+    new = source_of(changed(VALUES, *in_bucket(1, 5)))
+    offer = publisher.publish(2, new)
+    holding = publisher.holdings[-1]
+    deltas = next(iter(holding.deltas.values()))
+    right, deltas[5] = deltas[5], deltas[1]
+    holding.memory.view[5 * BUCKET_BYTES] ^= 1
+    assert refused(lambda: receiver.receive(offer, DEADLINE_S)) == "weights_corrupt"
+    deltas[5] = right
+    holding.memory.view[5 * BUCKET_BYTES] ^= 1
+    received = taken(receiver, offer)
+    assert content_of(received) == bytes_of(new)
+    assert received.received_bytes == BUCKET_BYTES, "whole, and bucket 1 had come the first time"
 
 
 def test_where_everything_has_changed_the_buckets_themselves_come(new_publisher, new_receiver):

@@ -42,6 +42,10 @@ class Receiving:
         except BaseException as error:
             self._found.append(error)
 
+    @property
+    def is_at_it(self) -> bool:
+        return self._thread.is_alive()
+
     def result(self) -> ReceivedWeights:
         self._thread.join(2 * DEADLINE_S)
         (found,) = self._found
@@ -99,6 +103,17 @@ def test_changes_are_passed_on_as_changes(new_publisher, new_receiver):
     assert [content_of(received) for received in found] == [bytes_of(newer)] * 2
     assert [(received.source, received.route) for received in found] == [("", "delta"), ("a", "delta")]
     assert found[0].received_bytes == found[1].received_bytes < BUCKET_BYTES / 2
+
+
+def test_changes_are_kept_no_longer_than_the_version_that_they_lead_to(new_publisher, new_receiver):
+    publisher, receiver = new_publisher(bucket_bytes=BUCKET_BYTES), new_receiver()
+    received = []
+    for version in range(3):
+        offer = publisher.publish(version, source_of(changed(VALUES, *range(version))))
+        received.append(receiver.receive(offer, DEADLINE_S).parts[0].holding)
+    first, second, third = received
+    assert (first.deltas, second.deltas) == ({}, {}), "whoever still holds them"
+    assert list(third.deltas) == [second.manifest.digest]
 
 
 def test_those_that_dont_serve_keep_no_changes_for_others(new_publisher, new_receiver):
@@ -160,6 +175,28 @@ def test_a_slow_generator_completes_its_version_while_two_more_are_published(new
         finished = working.result()
     assert content_of(finished) == bytes_of(sources[0])
     assert finished.received_bytes == SOURCE.nbytes
+
+
+def test_a_slow_relay_holds_up_nobody_once_another_one_has_the_version(new_publisher, new_receiver):
+    """It isn't silent, only slow: every bucket arrives in time. The version after that, nobody is sent to it at all."""
+    publisher = new_publisher(bucket_bytes=BUCKET_BYTES, fan_out=2)
+    slow, fast = new_receiver("slow", patience_s=DEADLINE_S), new_receiver("fast")
+    child, served = new_receiver("child", patience_s=1.0), []
+    with Link(publisher.endpoint.removeprefix("tcp://"), rate_bytes_per_s=150_000) as link:
+        for version in (1, 2):
+            source = source_of(random_tensors(262_144, seed=version))
+            offer, passed = publisher.publish(version, source), link.passed_bytes["from_endpoint"]
+            working = Receiving(slow, linked(offer, link))
+            until(lambda before=passed: link.passed_bytes["from_endpoint"] > before + 2 * BUCKET_BYTES)
+            assert fast.receive(offer, DEADLINE_S).source == ""
+            received = child.receive(offer, DEADLINE_S)
+            assert working.is_at_it
+            assert received.source == "fast"
+            assert content_of(received) == bytes_of(source)
+            assert content_of(working.result()) == bytes_of(source)
+            served.append(slow.served_bytes)
+    assert 0 < served[0] < SOURCE.nbytes
+    assert served[1] == served[0]
 
 
 class BehindLink(WeightReceiver):

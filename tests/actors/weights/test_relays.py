@@ -116,6 +116,49 @@ def test_a_leader_that_lost_its_source_stays_its_hosts_leader():
     assert tree.children("z") == ["b"]
 
 
+def test_who_waits_at_a_slow_source_goes_on_from_one_that_has_all_of_it():
+    tree = tree_of(*map(relay, "abcd"))  # c and d pull from a
+    assert tree.relieve(relay("c")) == relay("a"), "nobody has more than a"
+    tree.done("b")
+    assert tree.relieve(relay("c")) == relay("b")
+    assert tree.relieve(relay("d")) == relay("b")
+    assert (tree.children("a"), tree.children("b")) == ([], ["c", "d"])
+    assert tree.join(relay("e")) == relay("c"), "a gets no more children, and b has no room"
+
+
+def test_a_source_that_has_all_of_it_is_left_only_by_who_is_late():
+    tree = tree_of(*map(relay, "abcd"))
+    for name in "ab":
+        tree.done(name)
+    assert tree.relieve(relay("c")) == relay("a")
+    assert tree.relieve(relay("c"), is_late=True) == relay("b")
+    assert tree.slow == {"a"}
+
+
+def test_the_publisher_itself_helps_out_once_those_that_pull_from_it_have_all_of_it():
+    tree = tree_of(*map(relay, "abcdef"))  # a: c, d; b: e, f
+    tree.done("b")
+    assert tree.relieve(relay("c")) is None
+    assert tree.relieve(relay("d")) == relay("a"), "the publisher's other child is a, so now it has no room"
+    tree.done("e")
+    assert tree.relieve(relay("d")) == relay("b")
+
+
+def test_nobody_goes_to_one_that_has_it_from_itself():
+    tree = tree_of(*map(relay, "abc"), fan_out=1)
+    tree.done("c")  # most of it from an earlier version, say
+    assert tree.relieve(relay("b")) == relay("a")
+    assert tree.relieve(relay("a")) is None
+
+
+def test_those_who_were_slow_with_the_version_before_get_no_children():
+    tree = RelayTree(1, TRAINER, slow={"a"})
+    for name in "ab":
+        tree.join(relay(name))
+    assert tree.children(ROOT) == ["a", "b"], "there is nobody else to send b to"
+    assert tree.join(relay("c")) == relay("b")
+
+
 @given(st.integers(1, 4), st.lists(st.sampled_from([*"uvwxyz", TRAINER]), max_size=60))
 def test_the_publisher_serves_at_most_its_fan_out_over_the_network_however_many_join(fan_out, hosts):
     tree = tree_of(*(relay(str(i), host) for i, host in enumerate(hosts)), fan_out=fan_out)
@@ -149,16 +192,19 @@ class Comings(RuleBasedStateMachine):
         self.tree = RelayTree(fan_out, TRAINER)
         self.known: dict[str, Relay] = {}
         self.lost: set[str] = set()
+        self.complete: set[str] = set()
         self.processes = 0
 
     def ask(self, member: Relay, lost: str | None = None) -> None:
         before = self.tree.parent(member.name)
         is_same = self.known.get(member.name) == member
+        self.complete -= set() if is_same else {member.name}
         self.known[member.name] = member
         self.lost.discard(member.name)
         endpoint = self.known[lost].endpoint if lost in self.known else lost
         if endpoint and lost != member.name:
             self.lost.add(lost)
+            self.complete.discard(lost)
         answer = self.tree.join(member, endpoint)
         parent = self.tree.parent(member.name)
         assert answer == (None if parent == ROOT else self.known[parent])
@@ -207,6 +253,7 @@ class Comings(RuleBasedStateMachine):
             if member.endpoint
             and other not in self.lost
             and not self.maps(other)
+            and other not in self.tree.slow
             and len(self.tree.children(other)) < self.tree.fan_out
             and self.tree.parent(other) is not None
             and name not in self.chain(other)
@@ -240,6 +287,30 @@ class Comings(RuleBasedStateMachine):
         """Its source of an hour ago, say."""
         self.ask(self.known[data.draw(st.sampled_from(sorted(self.known)))], lost)
 
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def has_all_of_it(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.known)))
+        self.tree.done(name)
+        if name not in self.lost:
+            self.complete.add(name)
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data(), is_late=st.booleans())
+    def waits(self, data: st.DataObject, is_late: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(set(self.known) - self.lost) or sorted(self.known)))
+        before, mapped = self.tree.parent(name), self.maps(name)
+        self.lost.discard(name)
+        answer = self.tree.relieve(self.known[name], is_late=is_late)
+        parent = self.tree.parent(name)
+        assert answer == (None if parent == ROOT else self.known[parent])
+        if before is not None and parent != before:
+            assert not mapped
+            assert before in self.tree.slow
+            assert is_late or before not in self.complete
+            assert parent == ROOT or parent in self.complete
+            assert len(set(self.tree.children(parent)) - self.complete - {name}) < self.tree.fan_out
+
     @invariant()
     def nobody_is_its_own_ancestor(self) -> None:
         for name in getattr(self, "known", {}):
@@ -248,7 +319,7 @@ class Comings(RuleBasedStateMachine):
     @invariant()
     def relays_have_no_more_children_than_the_fan_out(self) -> None:
         for name in getattr(self, "known", {}):
-            assert len(self.tree.children(name)) <= self.tree.fan_out
+            assert len(set(self.tree.children(name)) - self.complete) <= self.tree.fan_out
 
     @invariant()
     def every_source_serves(self) -> None:

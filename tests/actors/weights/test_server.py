@@ -16,7 +16,7 @@ from actors.weights.manifest import Manifest
 from actors.weights.memory import Memory, MemoryAddress
 from actors.weights.relays import Relay, RelayTree
 from actors.weights.server import SLICE_BYTES, Holding, WeightServer
-from tests.actors.weights.served import DEADLINE_S, SILENCE_S, asked, holding_of, new_keys, serving
+from tests.actors.weights.served import DEADLINE_S, SILENCE_S, TreeDirectory, asked, holding_of, new_keys, serving
 from tests.actors.weights.versions import bytes_of, source_of, written
 
 
@@ -29,7 +29,7 @@ def relay() -> Iterator[WeightServer]:
 @pytest.fixture
 def publisher() -> Iterator[WeightServer]:
     tree = RelayTree(1, "trainer")
-    yield from serving(directory=lambda digest, member, lost: tree.join(member, lost))
+    yield from serving(directory=TreeDirectory(tree))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from actors.weights.connection import Connection, RefusedError, SilentError
 from actors.weights.offer import Keys
 from actors.weights.relays import RelayTree
 from actors.weights.server import LOOPBACK, NotLoopbackError, WeightServer, is_loopback
-from tests.actors.weights.served import DEADLINE_S, SILENCE_S, asked, holding_of, new_keys, serving
+from tests.actors.weights.served import DEADLINE_S, SILENCE_S, TreeDirectory, asked, holding_of, new_keys, serving
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ DEEP = b"\x91" * 1000 + b"\xc0"
 def harassed(context: zmq.Context[Any]) -> Iterator[zmq.Socket[bytes]]:
     """A plain socket to a publisher's server."""
     tree = RelayTree(1, "trainer")
-    for server in serving(directory=lambda digest, member, lost: tree.join(member, lost)):
+    for server in serving(directory=TreeDirectory(tree)):
         server.hold(GARBAGE_HOLDING)
         socket = context.socket(zmq.DEALER)
         socket.connect(server.endpoint)

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from actors.weights.delta import DELTA_SHARE, apply_delta
 from actors.weights.manifest import Part, bucket_digest
 from actors.weights.memory import Memory
 from actors.weights.server import Holding
 from actors.weights.source import DTYPES
-from actors.weights.writer import DELTA_SHARE, UNCHANGED, Comparison, apply_delta, encode_delta
+from actors.weights.writer import Comparison
 from tests.actors.weights.versions import array, bytes_of, changed, random_tensors, source_of, tensor_in, written
 
 PRECISIONS = st.sampled_from(sorted(DTYPES))
 BUCKETS = st.integers(1, 8).map(lambda count: 64 * count)
 SHAPES = st.lists(st.integers(0, 12), max_size=3)
+MIB = 1 << 20
+
+
+@pytest.fixture(params=["at once", "in pieces"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets are compared and coded at once, or 64 and 128 bytes at a time."""
+    if request.param == "in pieces":
+        monkeypatch.setattr("actors.weights.writer.SPARE_BYTES", 64)
+        monkeypatch.setattr("actors.weights.delta.PIECE_BYTES", 128)
+
+
+IN_PIECES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # it is the same in every example
 
 
 @st.composite
@@ -102,7 +115,9 @@ def successors(draw: st.DrawFn) -> tuple[list[torch.Tensor], list[torch.Tensor]]
     return old, new[kind]()
 
 
+@pytest.mark.usefixtures("pieces")
 @given(successors(), PRECISIONS, BUCKETS, st.booleans())
+@IN_PIECES
 def test_writing_after_the_version_before_gives_the_same_as_writing_anew(pair, precision, bucket_bytes, is_in_place):
     old, new = source_of(pair[0], precision=precision), source_of(pair[1], precision=precision)
     memory = Memory.create(max(old.nbytes, new.nbytes))
@@ -116,7 +131,9 @@ def test_writing_after_the_version_before_gives_the_same_as_writing_anew(pair, p
     assert is_in_place or bytes(memory.view) == before
 
 
+@pytest.mark.usefixtures("pieces")
 @given(successors(), PRECISIONS, BUCKETS, st.booleans())
+@IN_PIECES
 def test_the_delta_makes_the_new_version_of_the_old_one(pair, precision, bucket_bytes, is_in_place):
     old, new = source_of(pair[0], precision=precision), source_of(pair[1], precision=precision)
     memory = Memory.create(max(old.nbytes, new.nbytes))
@@ -128,52 +145,17 @@ def test_the_delta_makes_the_new_version_of_the_old_one(pair, precision, bucket_
     for bucket, packed in delta.buckets.items() if delta is not None else ():
         start, end = manifest.span(bucket)
         assert len(packed) < DELTA_SHARE * (end - start)
-        assert bytes(apply_delta(packed, array(before[start:end]))) == bytes(target.view[start:end])
+        content = array(before[start:end])
+        apply_delta(packed, content)
+        assert bytes(content) == bytes(target.view[start:end])
     if delta is not None:
         assert delta.base == base.manifest.digest
         assert delta.nbytes == sum(len(packed) for packed in delta.buckets.values())
 
 
-@given(st.data(), st.integers(64, 2000))
-def test_a_delta_undone_and_done_again_is_lossless(data, size):
-    old = array(data.draw(st.binary(min_size=size, max_size=size)))
-    new = old.copy()
-    for place in data.draw(st.lists(st.integers(0, size - 1), max_size=20)):
-        new[place] ^= data.draw(st.integers(0, 255))
-    packed = encode_delta(old ^ new)
-    if packed is None:
-        return
-    assert (packed == UNCHANGED) == bool((old == new).all())
-    assert (apply_delta(packed, old) == new).all()
-    assert (apply_delta(packed, new) == old).all()
-
-
-def test_only_deltas_below_a_quarter_of_the_bucket_are_kept():
-    generator, nothing = np.random.default_rng(0), np.zeros(4096, np.uint8)
-    kept = []
-    for changed_bytes in range(0, 4096, 64):
-        difference = nothing.copy()
-        difference[:changed_bytes] = generator.integers(1, 256, changed_bytes)  # noise can't be compressed
-        packed = encode_delta(difference)
-        kept += [changed_bytes] if packed is not None else []
-        assert packed is None or len(packed) < 1024
-    # 960 bytes of noise and a few that describe the zeros are fewer than 1,024; 1,024 bytes of noise aren't.
-    assert kept == list(range(0, 961, 64))
-
-
-@given(st.binary(max_size=300), st.integers(0, 300))
-def test_bytes_that_are_no_delta_change_nothing_or_are_refused(packed, size):
-    old = array(bytes(range(250)) * 2)[:size]
-    before = bytes(old)
-    try:
-        new = apply_delta(packed, old)
-    except ValueError:
-        new = old
-    assert len(new) == size
-    assert bytes(old) == before
-
-
+@pytest.mark.usefixtures("pieces")
 @given(st.data(), PRECISIONS, BUCKETS)
+@IN_PIECES
 def test_the_share_of_changed_elements_is_exact(data, precision, bucket_bytes):
     sizes = data.draw(st.lists(st.integers(1, 200), min_size=1, max_size=5))
     old = random_tensors(*sizes, dtype=DTYPES[precision])
@@ -185,6 +167,43 @@ def test_the_share_of_changed_elements_is_exact(data, precision, bucket_bytes):
     assert delta is not None
     differ = sum(int((a != b).sum()) for a, b in zip(old, new, strict=True))
     assert Fraction(delta.changed_words, delta.words) == Fraction(differ, sum(sizes))
+
+
+@pytest.mark.usefixtures("pieces")
+@given(st.data(), BUCKETS)
+@IN_PIECES
+def test_the_share_is_exact_where_elements_differ_in_size(data, bucket_bytes):
+    old = [
+        tensor
+        for seed, dtype in enumerate(data.draw(st.permutations(sorted(DTYPES))))
+        for tensor in random_tensors(data.draw(st.integers(0, 100)), seed=seed, dtype=DTYPES[dtype])
+    ]
+    new = changed(old, *data.draw(st.sets(st.integers(0, sum(map(len, old))), max_size=30)))
+    memory = Memory.create(source_of(old).nbytes)
+    base = Holding(written(source_of(old), memory, bucket_bytes)[0], memory)
+    _, delta = written(source_of(new), memory, bucket_bytes, base)
+    assert delta is not None
+    differ = sum(int((a != b).sum()) for a, b in zip(old, new, strict=True))
+    assert (delta.changed_words, delta.words) == (differ, sum(map(len, old)))
+
+
+@pytest.mark.parametrize("is_in_place", [True, False])
+def test_no_memory_of_the_size_of_a_bucket_is_taken(is_in_place):
+    words = torch.arange(16 * MIB, dtype=torch.int16)
+    source = source_of([words.view(torch.bfloat16)])
+    memory = Memory.create(source.nbytes)
+    base = Holding(written(source, memory, 16 * MIB)[0], memory)
+    target = memory if is_in_place else Memory.create(source.nbytes)
+    words[::100] += 1
+    tracemalloc.start()
+    try:
+        _, delta = written(source, target, 16 * MIB, base)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert delta is not None
+    assert sorted(delta.buckets) == [0, 1]
+    assert peak - delta.nbytes < 2 * MIB
 
 
 def test_another_layout_bucket_size_or_part_has_no_delta():
