@@ -204,9 +204,9 @@ def test_what_is_for_a_client_that_is_gone_isnt_counted_as_sent(relay, client, c
 
 
 def test_large_buckets_are_sent_in_parts_and_there_is_nothing_behind_the_last(relay, client):
-    source = source_of([torch.arange(1 << 20, dtype=torch.float32)])
+    source = source_of([torch.arange(2 * SLICE_BYTES // 4, dtype=torch.float32)])
     memory = Memory.create(source.nbytes)
-    manifest, _ = written(source, memory, 1 << 22)
+    manifest, _ = written(source, memory, 2 * SLICE_BYTES)
     relay.hold(Holding(manifest, memory))
     parts = []
     for part in (0, 1):
