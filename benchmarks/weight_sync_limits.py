@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from weight_sync_processes import WORDS, Workload
 
-from actors.weights.pull import WINDOW
-
 LOOPBACK = "127.0.0.1"
 HERE = Path(__file__).resolve().parent
 
@@ -81,8 +79,9 @@ class RawServer:
 class RawClient:
     """Receives every message, as many under way as in our own receiver, and lets go of it."""
 
-    def __init__(self, address: str, key: bytes, messages: int) -> None:
+    def __init__(self, address: str, key: bytes, messages: int, window: int) -> None:
         self._messages = messages
+        self._window = window
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         if key:
@@ -93,12 +92,12 @@ class RawClient:
     def receive(self) -> tuple[int, float]:
         """Bytes that came, and seconds."""
         started, received = time.perf_counter(), 0
-        for number in range(min(WINDOW, self._messages)):
+        for number in range(min(self._window, self._messages)):
             self._socket.send(b"%d" % number)
         for number in range(self._messages):
             received += len(self._socket.recv(copy=False))
-            if number + WINDOW < self._messages:
-                self._socket.send(b"%d" % (number + WINDOW))
+            if number + self._window < self._messages:
+                self._socket.send(b"%d" % (number + self._window))
         return received, time.perf_counter() - started
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 
-from weight_sync_processes import Peer, Row, Sink, Trainer, Workload, starting
+from weight_sync_processes import Peer, Row, Sink, Trainer, Workload, starting, starting_generator
 from weight_sync_transfer import DELTA_SHARE, size_of
 
 BUCKETS = 2.0
@@ -31,7 +31,7 @@ def memory_case(workload: Workload, repeats: int) -> list[Row]:
     ):
         with contextlib.ExitStack() as stack:
             trainer = starting(stack, Trainer.of, workload, has_delta)
-            sink = starting(stack, Sink, "one", maps_memory)
+            sink = starting_generator(stack, Sink, "one", maps_memory)
             peers = {"publisher": trainer, "receiver": sink}
             share = DELTA_SHARE if has_delta else 1.0
             found = _beyond(peers, workload, repeats, share)

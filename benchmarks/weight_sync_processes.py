@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from actors.config import GeneratorConfig
+from actors.vllm_engine import engine_environment
 from actors.weights.offer import WeightsOffer
 from actors.weights.publisher import WeightPublisher
 from actors.weights.receiver import ReceiverSettings, WeightReceiver
@@ -352,3 +354,8 @@ def interleaved(rounds: Mapping[str, Callable[[], dict[str, float]]], repeats: i
 def starting(stack: contextlib.ExitStack, make: Callable[..., Any], *arguments: Any, **options: Any) -> Peer:
     """A peer that ends with the stack."""
     return stack.enter_context(Peer(make, *arguments, **options))
+
+
+def starting_generator(stack: contextlib.ExitStack, make: Callable[..., Any], *arguments: Any) -> Peer:
+    """The same in the environment of a generator's process, in which freed memory is kept."""
+    return starting(stack, make, *arguments, environment=engine_environment(GeneratorConfig()))

@@ -9,10 +9,20 @@ from multiprocessing import shared_memory
 from pathlib import Path
 
 from weight_sync_limits import Copier, FileReader, FileWriter, RawClient, RawServer, RayPair
-from weight_sync_processes import WIDTH, Peer, Row, Sink, Sync, Trainer, Workload, interleaved, starting
+from weight_sync_processes import (
+    WIDTH,
+    Peer,
+    Row,
+    Sink,
+    Sync,
+    Trainer,
+    Workload,
+    interleaved,
+    starting,
+    starting_generator,
+)
 
-from actors.weights.pull import WINDOW
-from actors.weights.server import SLICE_BYTES
+from actors.weights.pull import ENCRYPTED, PLAIN
 from actors.weights.source import DTYPES
 from tests.links import Link
 
@@ -39,7 +49,7 @@ def shared_memory_case(workload: Workload, repeats: int) -> list[Row]:
         stack.callback(segment.unlink)
         stack.callback(segment.close)
         source, target = (starting(stack, Copier, nbytes, segment.name) for _ in range(2))
-        sync = Sync(starting(stack, Trainer.of, workload), [starting(stack, Sink, "one", True)])
+        sync = Sync(starting(stack, Trainer.of, workload), [starting_generator(stack, Sink, "one", True)])
 
         def copy() -> dict[str, float]:
             started, middle = source.call("copy_in")
@@ -69,12 +79,13 @@ def tcp_case(workload: Workload, repeats: int) -> list[Row]:
     rows = []
     for is_encrypted in (True, False):
         nbytes, words = size_of(workload), "CURVE" if is_encrypted else "plain"
-        message_bytes = min(SLICE_BYTES, workload.bucket_bytes)
+        flow = ENCRYPTED if is_encrypted else PLAIN
+        message_bytes = min(flow.slice_bytes, workload.bucket_bytes)
         with contextlib.ExitStack() as stack:
-            server = starting(stack, RawServer, nbytes, min(SLICE_BYTES, workload.bucket_bytes), is_encrypted)
-            client = starting(stack, RawClient, *server.call("where"))
+            server = starting(stack, RawServer, nbytes, message_bytes, is_encrypted)
+            client = starting_generator(stack, RawClient, *server.call("where"), flow.window)
             trainer = starting(stack, Trainer.of, workload, False, is_encrypted)
-            sync = Sync(trainer, [starting(stack, Sink, "one", False)])
+            sync = Sync(trainer, [starting_generator(stack, Sink, "one", False)])
             rounds = {"limit": partial(_raw, client, nbytes), "sync": partial(sync.once, "network")}
             found = interleaved(rounds, repeats)
         limit, figures = found["limit"]["seconds"], found["sync"]
@@ -84,7 +95,7 @@ def tcp_case(workload: Workload, repeats: int) -> list[Row]:
                 name,
                 figures["receive"],
                 nbytes,
-                f"raw ZeroMQ, {words}, messages of {message_bytes / MIB:g} MiB, {WINDOW} under way: {limit:.3f} s, "
+                f"raw ZeroMQ, {words}, {flow.window} messages of {message_bytes / MIB:g} MiB under way: {limit:.3f} s, "
                 f"{nbytes / limit / GB:.2f} GB/s",
                 limit / figures["receive"],
                 at_least=SHARE,
@@ -108,7 +119,7 @@ def fleet_case(workload: Workload, repeats: int, generators: int) -> list[Row]:
         route = "memory" if maps_memory else "network"
         with contextlib.ExitStack() as stack:
             trainer = starting(stack, Trainer.of, workload)
-            sinks = [starting(stack, Sink, f"generator-{i}", maps_memory) for i in range(generators)]
+            sinks = [starting_generator(stack, Sink, f"generator-{i}", maps_memory) for i in range(generators)]
             sync = Sync(trainer, sinks)
             rounds = {"all": partial(sync.once, route)}
             if maps_memory:
@@ -134,8 +145,8 @@ def alternatives_case(workload: Workload, repeats: int, folder: Path) -> list[Ro
     """The ways that a user has without us, from the trainer's tensors to tensors that another process has read."""
     nbytes = size_of(workload)
     with contextlib.ExitStack() as stack:
-        sync = Sync(starting(stack, Trainer.of, workload), [starting(stack, Sink, "one", True)])
-        writer, reader = starting(stack, FileWriter, workload), starting(stack, FileReader)
+        sync = Sync(starting(stack, Trainer.of, workload), [starting_generator(stack, Sink, "one", True)])
+        writer, reader = starting(stack, FileWriter, workload), starting_generator(stack, FileReader)
         pair = starting(stack, RayPair, workload)
         path = folder / "weights.safetensors"
         stack.callback(path.unlink, missing_ok=True)
@@ -172,7 +183,7 @@ def delta_case(workload: Workload, repeats: int, link_bytes_per_s: float) -> lis
         syncs = {}
         for kind, has_delta in (("full", False), ("delta", True)):
             trainer = starting(stack, Trainer.of, workload, has_delta)
-            syncs[kind] = Sync(trainer, [starting(stack, Sink, kind, False)])
+            syncs[kind] = Sync(trainer, [starting_generator(stack, Sink, kind, False)])
             syncs[kind].once("network")
 
         def round_of(kind: str, endpoint: str | None) -> Callable[[], dict[str, float]]:

@@ -114,27 +114,21 @@ class Connection:
             RefusedError: the server doesn't take this run's keys.
         """
         while True:
-            self._look_after()
-            left_s = min(until, self._ends_at) - time.monotonic()
-            if left_s <= 0:
-                raise SilentError
-            if not self._socket.poll(min(POLL_MS, 1 + int(left_s * 1000))):
+            try:
+                frames = self._socket.recv_multipart(copy=False, flags=zmq.NOBLOCK)
+            except zmq.Again:
+                self._look_after()
+                left_s = min(until, self._ends_at) - time.monotonic()
+                if left_s <= 0:
+                    raise SilentError from None
+                self._socket.poll(min(POLL_MS, 1 + int(left_s * 1000)))
                 continue
-            header, payload = self._receive()
+            header, payload = _parsed(frames)
             if header.get("digest") != digest or header.get("op") != operation:
                 continue
             if "error" in header:
                 raise GoneError(str(header["error"]))
             return Answer(header, payload)
-
-    def _receive(self) -> tuple[dict[str, Any], memoryview]:
-        frames = self._socket.recv_multipart(copy=False)
-        try:
-            head, payload = frames
-            header = msgpack.unpackb(head.buffer, raw=False)
-            return (header, payload.buffer) if isinstance(header, dict) else ({}, memoryview(b""))
-        except (msgpack.UnpackException, ValueError):
-            return {}, memoryview(b"")
 
     def _look_after(self) -> None:
         """Notice a refusal, and that the connection has ended."""
@@ -145,3 +139,12 @@ class Connection:
             raise RefusedError(f"the weight server at {self.endpoint} refused this run's keys")
         if events & LOST:
             self._ends_at = min(self._ends_at, time.monotonic() + LOST_S)
+
+
+def _parsed(frames: Any) -> tuple[dict[str, Any], memoryview]:
+    try:
+        head, payload = frames
+        header = msgpack.unpackb(head.buffer, raw=False)
+        return (header, payload.buffer) if isinstance(header, dict) else ({}, memoryview(b""))
+    except (msgpack.UnpackException, ValueError):
+        return {}, memoryview(b"")

@@ -18,7 +18,7 @@ from actors.weights.manifest import Manifest, ManifestError, bucket_digest
 from actors.weights.memory import MemoryAddress
 from actors.weights.offer import WeightsOffer
 from actors.weights.relays import ROOT, Relay
-from actors.weights.server import SLICE_BYTES, Holding
+from actors.weights.server import Holding
 from rollout.failures import Failure, FailureError, FailureKind
 
 if TYPE_CHECKING:
@@ -26,8 +26,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 3
-"""Messages under way at a time: with them, memory beyond the version itself is bounded."""
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What is under way at a time: with it, memory beyond the version itself is bounded.
+
+    Attributes:
+        slice_bytes: of a bucket in one message.
+        window: messages.
+    """
+
+    slice_bytes: int
+    window: int
+
+
+ENCRYPTED = Flow(1 << 20, 3)
+"""CURVE holds three copies of a message while it is under way, on each side."""
+PLAIN = Flow(2 << 20, 4)
+"""It is so much faster that more has to be under way, lest it wait for requests."""
 MAX_ATTEMPTS = 4
 """How often a bucket may arrive damaged from one source."""
 MAX_PATIENCE_S = 60.0
@@ -74,8 +90,9 @@ class SourceLostError(Exception):
 class Wanted:
     """Which messages are still to be asked for. A bucket comes as its changes, in one, or whole, in several."""
 
-    def __init__(self, own: Own) -> None:
+    def __init__(self, own: Own, slice_bytes: int) -> None:
         self._own = own
+        self._slice_bytes = slice_bytes
         self._waiting: deque[tuple[int, int]] = deque()
         self._asked: set[tuple[int, int]] = set()
         self._left: dict[int, set[int]] = {}  # parts to come, of buckets that come whole
@@ -122,7 +139,7 @@ class Wanted:
 
     def _whole(self, index: int) -> list[tuple[int, int]]:
         start, end = self._own.holding.manifest.span(index)
-        parts = range(max(1, -(-(end - start) // SLICE_BYTES)))
+        parts = range(max(1, -(-(end - start) // self._slice_bytes)))
         self._left[index] = set(parts)
         return [(index, part) for part in parts]
 
@@ -144,6 +161,7 @@ class Pull:
         self.checks_all = checks_all
         self.root = root
         self.traffic = Traffic()
+        self.flow = PLAIN if offer.keys is None else ENCRYPTED
         self._until = until
         self._deadline_s = deadline_s
         self._patience_s = settings.patience_s
@@ -228,15 +246,15 @@ class Pull:
         digest, name = own.holding.manifest.digest, ROOT if source is None else source.name
         look_around = time.monotonic() + self._patience_s
         self.traffic.is_mapped, self.traffic.source = False, name
-        wanted = Wanted(own)
+        wanted = Wanted(own, self.flow.slice_bytes)
         attempts: Counter[int] = Counter()
         while own.holding.missing:
             if source is not None and time.monotonic() >= look_around:
                 if self._relieved(digest, member, source):
                     raise SourceLostError(name, "it is slow, and there is a better source", is_slow=True)
                 look_around = time.monotonic() + self._patience_s
-            for index, part, base in wanted.next(WINDOW):
-                connection.ask("bucket", digest, index=index, part=part, base=base)
+            for index, part, base in wanted.next(self.flow.window):
+                connection.ask("bucket", digest, index=index, part=part, size=self.flow.slice_bytes, base=base)
             try:
                 answer = connection.answer("bucket", digest, self._patient_until())
             except SilentError:
@@ -283,10 +301,11 @@ class Pull:
             except ValueError:
                 return False
         else:
-            start = answer.part * SLICE_BYTES
-            if len(answer.payload) != len(place[start : start + SLICE_BYTES]):
+            start = answer.part * self.flow.slice_bytes
+            there = place[start : start + self.flow.slice_bytes]
+            if len(answer.payload) != len(there):
                 return False
-            place[start : start + SLICE_BYTES] = answer.payload
+            there[:] = answer.payload
             if wanted.more(index):
                 self.traffic.received_bytes += len(answer.payload)
                 return None

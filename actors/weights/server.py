@@ -5,8 +5,8 @@ frame, the answer is a MessagePack header and a payload frame. Requests name a m
 mixed up between versions. What a relay doesn't have yet it answers when it has it.
 
     manifest {digest}                   -> {}, packed manifest
-    bucket   {digest, index, part, base} -> {encoding: full | delta}, content; base is what the client's bucket is from;
-                                           in full it comes in parts, so that no message is large
+    bucket   {digest, index, part, size, base} -> {encoding: full | delta}, content; base is what the client's bucket is
+                                           from; in full it comes in parts of that size, so that no message is large
     memory   {digest}                   -> {memory}, where processes of this host map it, once it is whole
     sources  {digest, member, lost, waits} -> {source}, whom to pull from (the publisher alone answers); waits: it has
                                            been waiting for the source that it has
@@ -38,8 +38,8 @@ POLL_MS = 500
 LOOPBACK = "127.0.0.1"
 ZAP_DOMAIN = "weights"
 ZERO_COPY_BYTES = 65536
-SLICE_BYTES = 1 << 20
-"""Of a bucket in one message. CURVE holds three copies of a message while it is under way, on each side."""
+MAX_SLICE_BYTES = 16 << 20
+"""Of a bucket in one message."""
 WAKE = "inproc://wake"
 KEPT_NAMES = 16
 MAX_WAITING = 10_000
@@ -319,9 +319,10 @@ class WeightServer:
                 if delta is not None:
                     return {"encoding": "delta"}, delta
                 content = holding.content(request.index)
-                start = request.part * SLICE_BYTES
-                if start == 0 or 0 < start < len(content):
-                    return {"encoding": "full"}, content[start : start + SLICE_BYTES]
+                size = exactly(int, request.fields.get("size", MAX_SLICE_BYTES))
+                start = request.part * size
+                if 0 < size <= MAX_SLICE_BYTES and (start == 0 or 0 < start < len(content)):
+                    return {"encoding": "full"}, content[start : start + size]
         return {"error": f"there is no {request.operation} {request.index}"}, b""
 
     def _send(self, client: bytes, header: dict[str, Any], payload: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 import zmq
 
 from actors.weights.publisher import WeightPublisher
+from actors.weights.pull import Flow
 from actors.weights.receiver import ReceiverSettings, WeightReceiver
 
 NewPublisher = Callable[..., WeightPublisher]
@@ -33,8 +34,8 @@ def new_publisher() -> Iterator[NewPublisher]:
 def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The module's buckets travel in one message each, or in four."""
     if request.param == "in slices":
-        for module in ("server", "pull"):
-            monkeypatch.setattr(f"actors.weights.{module}.SLICE_BYTES", request.module.BUCKET_BYTES // 4)
+        for flow in ("ENCRYPTED", "PLAIN"):
+            monkeypatch.setattr(f"actors.weights.pull.{flow}", Flow(request.module.BUCKET_BYTES // 4, 3))
 
 
 @pytest.fixture

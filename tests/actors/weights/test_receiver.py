@@ -12,7 +12,7 @@ import pytest
 import zmq
 
 from actors.weights.offer import Keys, WeightsOffer
-from actors.weights.pull import WINDOW
+from actors.weights.pull import PLAIN
 from actors.weights.receiver import ReceivedWeights, WeightReceiver
 from rollout.failures import FailureError, FailureKind
 from tests.actors.weights.versions import bytes_of, random_tensors, source_of
@@ -86,7 +86,7 @@ def test_a_byte_flipped_in_an_encrypted_stream_ends_the_connection_and_costs_wha
     with linked(publisher.publish(1, SOURCE), corrupt_after_bytes=400_000) as (offer, link):
         received = new_receiver().receive(offer, DEADLINE_S)
         assert link.flipped_bits == 1
-        assert link.passed_bytes["from_endpoint"] <= SOURCE.nbytes + WINDOW * BUCKET_BYTES + OVERHEAD_BYTES
+        assert link.passed_bytes["from_endpoint"] <= SOURCE.nbytes + PLAIN.window * BUCKET_BYTES + OVERHEAD_BYTES
     assert content_of(received) == bytes_of(SOURCE)
 
 
@@ -136,9 +136,9 @@ def test_a_transfer_that_was_cut_fails_in_time_and_goes_on_with_what_had_arrived
         received = receiver.receive(offer, DEADLINE_S)
         total = link.passed_bytes["from_endpoint"]
     assert content_of(received) == bytes_of(SOURCE)
-    assert received.received_bytes <= SOURCE.nbytes - 600_000 + WINDOW * BUCKET_BYTES
+    assert received.received_bytes <= SOURCE.nbytes - 600_000 + PLAIN.window * BUCKET_BYTES
     # A window of buckets was under way, and what was asked for in vain over a new connection came when the link did.
-    assert total <= SOURCE.nbytes + 2 * WINDOW * BUCKET_BYTES + OVERHEAD_BYTES
+    assert total <= SOURCE.nbytes + 2 * PLAIN.window * BUCKET_BYTES + OVERHEAD_BYTES
 
 
 @pytest.mark.usefixtures("slices")

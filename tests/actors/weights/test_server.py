@@ -15,7 +15,7 @@ from actors.weights.connection import Connection, GoneError, SilentError
 from actors.weights.manifest import Manifest
 from actors.weights.memory import Memory, MemoryAddress
 from actors.weights.relays import Relay, RelayTree
-from actors.weights.server import SLICE_BYTES, Holding, WeightServer
+from actors.weights.server import MAX_SLICE_BYTES, Holding, WeightServer
 from tests.actors.weights.served import DEADLINE_S, SILENCE_S, TreeDirectory, asked, holding_of, new_keys, serving
 from tests.actors.weights.versions import bytes_of, source_of, written
 
@@ -204,20 +204,21 @@ def test_what_is_for_a_client_that_is_gone_isnt_counted_as_sent(relay, client, c
 
 
 def test_large_buckets_are_sent_in_parts_and_there_is_nothing_behind_the_last(relay, client):
-    source = source_of([torch.arange(2 * SLICE_BYTES // 4, dtype=torch.float32)])
+    size = 1 << 20
+    source = source_of([torch.arange(2 * size // 4, dtype=torch.float32)])
     memory = Memory.create(source.nbytes)
-    manifest, _ = written(source, memory, 2 * SLICE_BYTES)
+    manifest, _ = written(source, memory, 2 * size)
     relay.hold(Holding(manifest, memory))
     parts = []
     for part in (0, 1):
-        client.ask("bucket", manifest.digest, index=0, part=part)
+        client.ask("bucket", manifest.digest, index=0, part=part, size=size)
         answer = client.answer("bucket", manifest.digest, time.monotonic() + DEADLINE_S)
         assert (answer.index, answer.part) == (0, part)
         parts.append(bytes(answer.payload))
-    assert [len(part) for part in parts] == [SLICE_BYTES, SLICE_BYTES]
+    assert [len(part) for part in parts] == [size, size]
     assert b"".join(parts) == bytes_of(source)
-    for part in (-1, 2):
-        client.ask("bucket", manifest.digest, index=0, part=part)
+    for part, wrong in ((-1, size), (2, size), (0, 0), (0, -1), (0, MAX_SLICE_BYTES + 1)):
+        client.ask("bucket", manifest.digest, index=0, part=part, size=wrong)
         with pytest.raises(GoneError):
             client.answer("bucket", manifest.digest, time.monotonic() + DEADLINE_S)
 
