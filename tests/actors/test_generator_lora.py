@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,12 +54,12 @@ class LoraPolicy(Policy):
         return self.publisher.publish(self.version, self.source, self.frozen)
 
 
-async def start(root: Path, sync: str) -> Setup:
+async def start(root: Path, sync: str, **options: Any) -> Setup:
     """The generator's folder has other weights than the trainer's: only what is sent can make them agree."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     folder = build_tiny_vlm(root / "model", seed=1)
-    lora = LoraConfig(rank=4, sync=sync)
+    lora = LoraConfig(rank=4, sync=sync, **options)
     model = ModelConfig(
         path=build_tiny_vlm(root / "other", seed=2), precision="float32", max_length=MAX_LENGTH, lora=lora
     )
@@ -75,9 +76,17 @@ async def start(root: Path, sync: str) -> Setup:
     return Setup(generator, policy, PromptEncoder.from_pretrained(folder, media), media)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["adapter", "merged"])
+WAYS: dict[str, dict[str, Any]] = {
+    "adapter": {"sync": "adapter"},
+    "merged": {"sync": "merged"},
+    # layers that vLLM makes one with others, which have no adapter
+    "merged, some": {"sync": "merged", "targets": ("q_proj", "up_proj")},
+}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=WAYS)
 async def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup]:
-    made = await start(tmp_path_factory.mktemp("lora"), request.param)
+    made = await start(tmp_path_factory.mktemp("lora"), **WAYS[request.param])
     yield made
     await made.generator.stop()
     made.policy.publisher.stop()
