@@ -279,7 +279,11 @@ class EngineWeights:
 
     async def _receive(self, offer: WeightsOffer, deadline_s: float, *, anew: bool) -> ReceivedWeights:
         assert self._receiver is not None
-        return await asyncio.to_thread(self._receiver.receive, offer, deadline_s, anew=anew)
+        try:
+            return await asyncio.to_thread(self._receiver.receive, offer, deadline_s, anew=anew)
+        except asyncio.CancelledError:
+            self._receiver.interrupt()  # else the thread would go on, and the next version wait for it
+            raise
 
     async def _prepare(self, received: ReceivedWeights, version: int, until: float) -> None:
         """All that can be done before generation has to stop."""

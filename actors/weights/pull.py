@@ -167,6 +167,10 @@ class Pull:
         self._patience_s = settings.patience_s
         self._serves = settings.serves
 
+    def interrupt(self) -> None:
+        """Its deadline is now; noticed with the next message, or once the source has been silent for too long."""
+        self._until = 0.0
+
     def manifest(self, digest: str) -> Manifest:
         """Ask the publisher until a manifest with the offered digest arrives."""
         for _ in range(MAX_ATTEMPTS):
@@ -249,6 +253,8 @@ class Pull:
         wanted = Wanted(own, self.flow.slice_bytes)
         attempts: Counter[int] = Counter()
         while own.holding.missing:
+            if time.monotonic() >= self._until:
+                self._silent(connection, name)
             if source is not None and time.monotonic() >= look_around:
                 if self._relieved(digest, member, source):
                     raise SourceLostError(name, "it is slow, and there is a better source", is_slow=True)

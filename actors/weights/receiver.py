@@ -96,6 +96,7 @@ class WeightReceiver:
         self._older: dict[Part, Own] = {}  # the version before, where it couldn't be written over
         self._mapped: dict[Part, tuple[MemoryAddress, Holding]] = {}
         self._loaded: set[str] = set()
+        self._pull: Pull | None = None
         self._newest = (-1, -1)
         self._host = host_identity() if settings.maps_memory else f"apart:{id(self)}:{time.time_ns()}"
 
@@ -117,7 +118,7 @@ class WeightReceiver:
                 raise refusal("weights_superseded", why)
             if anew:
                 self._forget()
-            pull = Pull(
+            pull = self._pull = Pull(
                 self.root(offer), self.settings, offer, time.monotonic() + deadline_s, deadline_s, checks_all=anew
             )
             try:
@@ -127,6 +128,11 @@ class WeightReceiver:
             self._newest = offer.order
             traffic = pull.traffic
             return ReceivedWeights(tuple(parts), traffic.received_bytes, traffic.route, traffic.source)
+
+    def interrupt(self) -> None:
+        """Nobody waits for what is being received: its deadline is now. What has arrived is kept. From any thread."""
+        if self._pull is not None:
+            self._pull.interrupt()
 
     def loaded(self, received: ReceivedWeights) -> None:
         """The engine has loaded it: give leases back; frozen weights needn't come again."""

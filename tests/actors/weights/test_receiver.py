@@ -154,6 +154,29 @@ def test_a_bucket_that_was_half_written_over_when_the_link_was_cut_is_not_taken_
     assert content_through(receiver, publisher.publish(3, SOURCE)) == bytes_of(SOURCE)
 
 
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_a_call_that_nobody_waits_for_any_more_ends_and_what_had_arrived_is_kept(
+    new_publisher, new_receiver, is_silent
+):
+    """By itself it would have an hour's time, from a silent publisher or from a slow one."""
+    publisher, receiver = new_publisher(bucket_bytes=BUCKET_BYTES), new_receiver(patience_s=0.5)
+    settings = {"cut_after_bytes": 300_000} if is_silent else {"rate_bytes_per_s": 2 * BUCKET_BYTES}
+    with linked(publisher.publish(1, SOURCE), **settings) as (offer, link):
+        reasons: list[str] = []
+        working = threading.Thread(target=lambda: reasons.append(reason_of(lambda: receiver.receive(offer, 3600.0))))
+        working.start()
+        while link.passed_bytes["from_endpoint"] < 200_000:
+            time.sleep(0.01)
+        receiver.interrupt()
+        working.join(DEADLINE_S)
+        assert reasons == ["weights_timeout"]
+        link.restore()
+        link.rate_bytes_per_s = None
+        received = receiver.receive(offer, DEADLINE_S)
+    assert content_of(received) == bytes_of(SOURCE)
+    assert received.received_bytes < SOURCE.nbytes
+
+
 @pytest.mark.parametrize("closes", [False, True])
 def test_a_link_that_comes_back_within_the_deadline_is_not_even_noticed(new_publisher, new_receiver, closes):
     publisher, receiver = new_publisher(bucket_bytes=BUCKET_BYTES), new_receiver(patience_s=0.3)
