@@ -9,7 +9,7 @@ pause is an exchange of references. The price is memory for a second copy of the
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -140,14 +140,14 @@ def _shadows(model: nn.Module) -> list[_Pair]:
     shadows: dict[int, nn.Module] = {}
     for module in model.modules():
         shadow = shadows[id(module)] = object.__new__(type(module))
-        shadow.__dict__.update(module.__dict__)
+        shadow.__dict__.update(module.__dict__)  # at once: generation goes on, and may add something
     pairs = []
     for module in model.modules():
         shadow = shadows[id(module)]
-        for name, value in module.__dict__.items():
+        for name, value in shadow.__dict__.items():
             shadow.__dict__[name] = _referring(value, shadows)
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
-            shadow.__dict__[name] = module.__dict__[name].copy()
+            shadow.__dict__[name] = shadow.__dict__[name].copy()
         pairs.append(_Pair(module, shadow, dict(shadow.__dict__)))
     return pairs
 
@@ -188,5 +188,6 @@ def _own(tensor: Tensor, pair: _Pair) -> Tensor:
     return tensor
 
 
-def _tensors(found: Iterable[Any]) -> dict[str, Any]:
-    return {name: tensor for name, tensor in dict(found).items() if tensor is not None}
+def _tensors(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A module's parameters or buffers, without those that are registered as None."""
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
