@@ -60,17 +60,19 @@ def test_what_a_user_would_do_without_us_is_measured_too() -> None:
 def test_the_engine_case_tells_transfer_load_and_pause_apart() -> None:
     rows = rows_of("--only", "engine", "--engine-gib", "0.002")
     assert_finite(rows)
-    assert len(rows) == 10
-    whole, _, transfer, load, pause = (row.seconds or 0.0 for row in rows[:5])
+    assert len(rows) == 16
+    whole, _, transfer, _, load, pause = (row.seconds or 0.0 for row in rows[:6])
     assert transfer + load < whole
     assert load <= pause < whole
+    assert rows[6].case.endswith("engine's memory")
+    assert [row.case.split(", ")[1] for row in rows[-2:]] == ["staged", "in place"]
 
 
 @pytest.mark.engine
 def test_the_demo_case_tells_where_a_sync_s_time_goes() -> None:
     rows = rows_of("--only", "demo", "--versions", "2")
     assert_finite(rows)
-    assert len(rows) == 7
+    assert len(rows) == 8
     assert rows[0].ratio == pytest.approx((rows[0].seconds or 0.0) / 0.06)
 
 

@@ -6,6 +6,7 @@ generator held after the push that succeeded, and what became of each push.
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -55,6 +56,8 @@ def main() -> None:
     distributed.barrier()
     if place.rank == 0:
         torch.save(result, out)
+    sys.stdout.flush()
+    os._exit(0)  # threads of the group that was given up may still wait for their peer: C++ would abort over them
 
 
 if __name__ == "__main__":
