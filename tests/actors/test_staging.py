@@ -22,7 +22,10 @@ from tests.actors.test_generator_updates import begin, weights
 from tests.tiny_model import build_tiny_vlm
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[True, False], ids=["tied head", "own head"])
+HEADS = [pytest.param(True, id="tied head"), pytest.param(False, id="own head", marks=pytest.mark.slow)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=HEADS)
 async def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup]:
     root = tmp_path_factory.mktemp("staging")
     with pytest.MonkeyPatch.context() as patch:

@@ -57,6 +57,7 @@ def test_what_a_user_would_do_without_us_is_measured_too() -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_the_engine_case_tells_transfer_load_and_pause_apart() -> None:
     rows = rows_of("--only", "engine", "--engine-gib", "0.002")
     assert_finite(rows)
@@ -69,6 +70,7 @@ def test_the_engine_case_tells_transfer_load_and_pause_apart() -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_the_demo_case_tells_where_a_sync_s_time_goes() -> None:
     rows = rows_of("--only", "demo", "--versions", "2")
     assert_finite(rows)
