@@ -21,7 +21,6 @@ from tests.actors.test_generator import Setup, assert_agreement, engine_test, st
 from tests.actors.test_generator_updates import begin, weights
 from tests.tiny_model import build_tiny_vlm
 
-
 HEADS = [pytest.param(True, id="tied head"), pytest.param(False, id="own head", marks=pytest.mark.slow)]
 
 
