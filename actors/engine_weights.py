@@ -292,7 +292,8 @@ class EngineWeights:
             await self._engine.wake_up([WEIGHTS])
         least = self.config.stage_from_mib
         is_large = least is not None and sum(part.manifest.nbytes for part in plain) >= least << 20
-        if plain and not (is_large and not self.is_asleep and await self._stage(plain, version, until)):
+        may_stage = is_large and self._can_stage and not self.is_asleep
+        if plain and not (may_stage and await self._stage(plain, version, until)):
             await self._engine.collective_rpc("prepare_weights", args=([part.path for part in plain],))
         for part in received.parts:
             if part.manifest.part is Part.ADAPTER:
@@ -311,11 +312,8 @@ class EngineWeights:
                 obstacles = await self._engine.collective_rpc("stage_weights", args=(_update_info(parts),))
                 obstacle = next((each for each in obstacles if each is not None), None)
                 if obstacle is not None:
-                    if self._can_stage:
-                        logger.info(
-                            "%s: weights are loaded while generation stands still: %s", self.spec.name, obstacle
-                        )
-                    self._can_stage = False
+                    logger.info("%s: weights are loaded while generation stands still: %s", self.spec.name, obstacle)
+                    self._can_stage = False  # with this model, ever
                     return False
                 while not all(await self._engine.collective_rpc("is_staged")):
                     await asyncio.sleep(STAGED_POLL_S)

@@ -255,7 +255,8 @@ def memory_estimate(config: Config | SFTConfig, parameters: int) -> int:
         total += trained_whole if config.has_critic else 0
         cache = int(config.generator.kv_cache_gib * GIB)
         published = weights * (1 if config.weights.shared_memory else 1 + config.generator.replicas)
-        least, is_adapter = config.weights.stage_from_mib, config.model.lora is not None
+        least, lora = config.weights.stage_from_mib, config.model.lora
+        is_adapter = lora is not None and lora.sync == "adapter"  # such an engine loads in place
         is_staged = least is not None and weights >= least << 20 and not is_adapter
         total += published + config.generator.replicas * (PROCESS_BYTES + (1 + is_staged) * weights + cache)
         if config.algorithm.kl.coefficient > 0:

@@ -170,6 +170,10 @@ class _CheckedEngine(WeightTransferEngine[Any, Any]):
         """See :meth:`ZmqWeightTransferEngine.prepare`."""
         self._pulled.prepare(paths)
 
+    def stage(self, update_info: dict[str, Any]) -> str:
+        """See :meth:`ZmqWeightTransferEngine.stage`. A session has emptied the layers before it is known what comes."""
+        return "an engine that versions are pushed into loads those that it pulls in place too"
+
     def shutdown(self) -> None:
         """Leave the group, and unmap what was pulled."""
         super().shutdown()  # type: ignore[safe-super]

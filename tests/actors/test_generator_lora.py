@@ -66,7 +66,7 @@ async def start(root: Path, sync: str, **options: Any) -> Setup:
     media, config = MediaStore(root / "media"), GeneratorConfig(enforce_eager=True, kv_cache_gib=0.25)
     os.environ.update(engine_environment(config))
     deadlines = DeadlineConfig(sync_s=10.0, stop_s=10.0)
-    weights = WeightsConfig(canaries=0, stage_from_mib=0)  # models with adapters are loaded in place all the same
+    weights = WeightsConfig(canaries=0, stage_from_mib=0)  # but an engine with adapters loads in place all the same
     generator = Generator(GeneratorSpec(model, config, deadlines, media.folder, weights=weights))
     await generator.ready()
     module = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()

@@ -48,9 +48,8 @@ async def test_generation_goes_on_with_the_old_weights_until_the_swap(setup: Set
     assert not loading.done()
     assert all((completion.policy_versions == old).all() for completion in meanwhile.completions)
     (tmp_path / "go on").touch()
-    receipt = await loading
+    await loading
     await engine.collective_rpc(_let_go)
-    assert receipt.stage_s > receipt.pause_s
     generation = await running
     assert isinstance(generation, Generation)
     assert {int(v) for completion in generation.completions for v in completion.policy_versions} <= {old, old + 1}

@@ -260,12 +260,16 @@ def test_memory_of_the_trainer_is_sixteen_bytes_a_parameter_in_float32(tree: dic
     assert memory_estimate(config, 1000) - memory_estimate(config, 0) == 1000 * (16 + 4 + 4)
 
 
-def test_versions_that_are_staged_take_a_second_copy_in_each_generator(tree: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("lora", "copies"), [(None, 3), ({"sync": "merged"}, 3), ({"sync": "adapter"}, 0)])
+def test_versions_that_are_staged_take_a_second_copy_in_each_generator(
+    tree: dict[str, Any], lora: dict[str, Any] | None, copies: int
+) -> None:
+    tree["model"]["lora"] = lora
     tree["generator"]["replicas"] = 3
     tree["weights"] = {"stage_from_mib": 64}
     staged, parameters = Config.model_validate(tree), (64 << 20) // 2
     in_place = Config.model_validate(tree | {"weights": {"stage_from_mib": None}})
-    assert memory_estimate(staged, parameters) - memory_estimate(in_place, parameters) == 3 * (64 << 20)
+    assert memory_estimate(staged, parameters) - memory_estimate(in_place, parameters) == copies * (64 << 20)
     assert memory_estimate(staged, parameters - 1) == memory_estimate(in_place, parameters - 1)
 
 

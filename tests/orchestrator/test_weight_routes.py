@@ -17,7 +17,7 @@ LORA = {"rank": 4, "alpha": 8.0}
 @pytest.mark.parametrize(
     ("overrides", "route"),
     [
-        pytest.param({"weights__backend": "nccl"}, "push", id="pushed into the engine"),
+        pytest.param({"weights__backend": "nccl", "weights__stage_from_mib": 0}, "push", id="pushed into the engine"),
         pytest.param({"model__lora": {**LORA, "sync": "adapter"}}, "memory", id="an adapter"),
         pytest.param({"model__lora": {**LORA, "sync": "merged"}, "generator__sleep_level": 2}, "memory", id="merged"),
         pytest.param(
