@@ -20,7 +20,7 @@ from rollout.samples import TrainingSample
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from actors.batches import ModelBatch
+    from actors.model.batches import ModelBatch
 
 ROLE = "reference"
 
@@ -50,8 +50,8 @@ class ReferenceServer:
     def __init__(self, spec: ReferenceSpec, device: str) -> None:
         import torch
 
-        from actors.batches import TOKEN_FEATURES
-        from actors.model import load_model
+        from actors.model.batches import TOKEN_FEATURES
+        from actors.model.forward import load_model
         from rollout.encoding import PromptEncoder
         from rollout.media import MediaStore
 
@@ -70,9 +70,9 @@ class ReferenceServer:
         """Log-probabilities of the samples' completions, [tokens] float32 each, nats.
 
         Raises:
-            FailureError: a sample can't be used (see :func:`actors.batches.expand_prompts`).
+            FailureError: a sample can't be used (see :func:`actors.model.batches.expand_prompts`).
         """
-        from actors.model import completion_log_probs
+        from actors.model.forward import completion_log_probs
 
         def forward(batch: ModelBatch) -> Tensor:
             outcome = completion_log_probs(
@@ -98,7 +98,7 @@ class ReferenceServer:
         """
         import torch
 
-        from actors.model import completion_hidden_states
+        from actors.model.forward import completion_hidden_states
         from algorithms.finite import require_finite
 
         def forward(batch: ModelBatch) -> Tensor:
@@ -117,8 +117,8 @@ class ReferenceServer:
         """
         import torch
 
-        from actors.batches import expand_prompts, model_batch
-        from actors.shared_prompts import LINEAR_COST, can_share_prompts, model_width
+        from actors.model.batches import expand_prompts, model_batch
+        from actors.model.shared_prompts import LINEAR_COST, can_share_prompts, model_width
 
         prompts = expand_prompts(samples, self._encoder)
         bound = self.spec.config.micro_batch_tokens

@@ -19,7 +19,7 @@ from typing import Any
 from weight_sync_processes import DEADLINE_S, WARMUP, Arrival, Peer, Row, Sync, Trainer, Workload, interleaved, starting
 
 from actors.config import DeadlineConfig, GeneratorConfig, ModelConfig, TrainerConfig, WeightsConfig
-from actors.vllm_engine import engine_environment, engine_processes
+from actors.generator.vllm_engine import engine_environment, engine_processes
 from actors.weights.offer import WeightsOffer
 from actors.weights.source import DTYPES
 
@@ -155,7 +155,7 @@ class EngineSink:
     """A generator with its engine, without Ray."""
 
     def __init__(self, folder: Path, dtype: str, maps_memory: bool) -> None:
-        from actors.generator import Generator, GeneratorSpec
+        from actors.generator.generator import Generator, GeneratorSpec
 
         self._runner = asyncio.Runner()
         spec = GeneratorSpec(
@@ -235,7 +235,7 @@ class DemoRun:
             return asyncio.run(self._syncs(Path(place), versions))
 
     async def _syncs(self, folder: Path, versions: int) -> list[dict[str, float]]:
-        from orchestrator.publication import proof_prompts, publish
+        from orchestrator.step.publish import proof_prompts, publish
         from rollout.media import MediaStore
         from tests.actors.training_samples import make_samples
 
@@ -264,13 +264,13 @@ class DemoRun:
 @contextlib.asynccontextmanager
 async def _voices(folder: Path, versions: int) -> AsyncIterator[tuple[Any, Any]]:
     """The trainer and the fleet of one generator, over Ray, as a run starts them."""
-    from actors.generator import GeneratorSpec
-    from actors.generator_handle import GeneratorHandle
-    from actors.policy import PolicyGroup, PolicySpec
+    from actors.generator.generator import GeneratorSpec
+    from actors.generator.handle import GeneratorHandle
+    from actors.trainer.policy import PolicyGroup, PolicySpec
     from algorithms.config import AlgorithmConfig
     from orchestrator.cluster import ray_cluster
-    from orchestrator.config import ClusterConfig
-    from orchestrator.fleet import GeneratorFleet
+    from orchestrator.config.schema import ClusterConfig
+    from orchestrator.roles.fleet import GeneratorFleet
 
     model = ModelConfig(path=folder / "model", precision="float32", max_length=96)
     deadlines, media = DeadlineConfig(), folder / "media"

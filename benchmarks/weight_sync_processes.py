@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from actors.config import GeneratorConfig
-from actors.vllm_engine import engine_environment
+from actors.generator.vllm_engine import engine_environment
 from actors.weights.offer import WeightsOffer
-from actors.weights.publisher import WeightPublisher
-from actors.weights.receiver import ReceiverSettings, WeightReceiver
+from actors.weights.pull.publisher import WeightPublisher
+from actors.weights.pull.receiver import ReceiverSettings, WeightReceiver
 from actors.weights.source import DTYPES, WeightSource, module_tensors
 
 DEADLINE_S = 240.0

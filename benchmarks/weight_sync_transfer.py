@@ -22,7 +22,7 @@ from weight_sync_processes import (
     starting_generator,
 )
 
-from actors.weights.pull import ENCRYPTED, PLAIN
+from actors.weights.pull.pull import ENCRYPTED, PLAIN
 from actors.weights.source import DTYPES
 from tests.links import Link
 

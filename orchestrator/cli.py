@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from orchestrator.config import Config, SFTConfig
+    from orchestrator.config.schema import Config, SFTConfig
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -83,8 +83,8 @@ def train(
 def sft(recipe: Recipe, overrides: Overrides = None) -> None:
     """Fine-tune a model on given answers."""
     with _exit_codes():
-        from orchestrator.config import SFTConfig
-        from orchestrator.recipe import load_config
+        from orchestrator.config.recipe import load_config
+        from orchestrator.config.schema import SFTConfig
 
         config = load_config(recipe, overrides or (), SFTConfig)
         _look_ahead(config)
@@ -134,7 +134,7 @@ def track(run_folder: RunFolder) -> None:
     """Send to MLflow what a run could not."""
     with _exit_codes():
         _need_folder(run_folder)
-        from orchestrator.tracking import flush_spool
+        from orchestrator.tracking.tracker import flush_spool
 
         try:
             status = flush_spool(run_folder)
@@ -154,7 +154,7 @@ def report(run_folder: RunFolder) -> None:
     """Write a run's report (report.html, summary.json, plots)."""
     with _exit_codes():
         _need_folder(run_folder)
-        from orchestrator.report import write_report
+        from orchestrator.report.page import write_report
 
         typer.echo(write_report(run_folder.absolute()))
 
@@ -163,9 +163,9 @@ def report(run_folder: RunFolder) -> None:
 def check(recipe: Recipe, overrides: Overrides = None) -> None:
     """Load a recipe, look ahead, and print what would run. Starts nothing."""
     with _exit_codes():
-        from orchestrator.config import Config, SFTConfig
-        from orchestrator.plan_table import plan_rows
-        from orchestrator.recipe import load_config, read_recipe
+        from orchestrator.config.recipe import load_config, read_recipe
+        from orchestrator.config.schema import Config, SFTConfig
+        from orchestrator.preflight.plan_table import plan_rows
 
         schema: type[Config] | type[SFTConfig] = SFTConfig if "sft" in read_recipe(recipe) else Config
         config = load_config(recipe, overrides or (), schema)
@@ -184,8 +184,8 @@ def show_config(
 ) -> None:
     """List every setting: its key, what is allowed, its default, what it does."""
     with _exit_codes():
-        from orchestrator.config import Config, SFTConfig
-        from orchestrator.settings import default_text, settings
+        from orchestrator.config.schema import Config, SFTConfig
+        from orchestrator.config.settings import default_text, settings
 
         found = [s for s in settings(SFTConfig if supervised else Config) if s.key.startswith(prefix)]
         if not found:
@@ -196,7 +196,7 @@ def show_config(
 
 
 def _load(recipe: Path, overrides: list[str] | None) -> Config:
-    from orchestrator.recipe import load_config
+    from orchestrator.config.recipe import load_config
 
     return load_config(recipe, overrides or ())
 
@@ -204,8 +204,8 @@ def _load(recipe: Path, overrides: list[str] | None) -> Config:
 def _look_ahead(config: Config | SFTConfig, *, resume: bool | None = False, starts_run: bool = True) -> None:
     """Print what preflight finds; exits with 2 where an error is among it. ``resume=None`` suits either start."""
     from orchestrator.checkpoints import Checkpoints
-    from orchestrator.config import Config
-    from orchestrator.preflight import preflight
+    from orchestrator.config.schema import Config
+    from orchestrator.preflight.checks import preflight
 
     if resume is None:
         kept = config.checkpoint.keep if isinstance(config, Config) else 1
@@ -237,8 +237,8 @@ def _say(severity: str, message: str) -> None:
 @contextmanager
 def _exit_codes() -> Iterator[None]:
     """Turns every way a command can end into one message and the exit code that says what it was."""
-    from orchestrator.progress import StderrHandler
-    from orchestrator.recipe import ConfigError
+    from orchestrator.config.recipe import ConfigError
+    from orchestrator.record.progress import StderrHandler
     from rollout.failures import DataError, FailureError
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[StderrHandler()])

@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncIterator
 
 from actors.config import DeadlineConfig
-from orchestrator.config import ClusterConfig, RoleResources
+from orchestrator.config.schema import ClusterConfig, RoleResources
 from rollout.failures import Failure, FailureError, FailureKind
 
 logger = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.config import TrackingConfig
-from orchestrator.evaluation import Evaluation
-from orchestrator.progress import Progress
-from orchestrator.record import Record, SampleRow
-from orchestrator.tracking import MediaPaths, Tracker
+from orchestrator.config.schema import TrackingConfig
+from orchestrator.record.files import Record, SampleRow
+from orchestrator.record.progress import Progress
+from orchestrator.step.evaluation import Evaluation
+from orchestrator.tracking.tracker import MediaPaths, Tracker
 
 logger = logging.getLogger(__name__)
 

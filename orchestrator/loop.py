@@ -13,16 +13,18 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from actors.critic import CriticGroup
-from actors.policy import PolicyGroup
+from actors.trainer.critic import CriticGroup
+from actors.trainer.policy import PolicyGroup
 from algorithms.kl import AdaptiveKL, FixedKL, needs_distributions
 from algorithms.registry import Need
 from orchestrator.checkpoints import BestMetric, Checkpoints, RunState
-from orchestrator.config import Config
-from orchestrator.evaluation import evaluate
-from orchestrator.fleet import GeneratorFleet
+from orchestrator.config.schema import Config
 from orchestrator.journal import Journal
-from orchestrator.learning import (
+from orchestrator.record.files import sample_rows
+from orchestrator.roles.fleet import GeneratorFleet
+from orchestrator.roles.reference import Reference
+from orchestrator.roles.scorer import Scorer
+from orchestrator.step.appraisal import (
     Appraisal,
     Appraiser,
     as_samples,
@@ -32,13 +34,11 @@ from orchestrator.learning import (
     with_reference,
     with_values,
 )
-from orchestrator.mismatch import alarm, compare
-from orchestrator.publication import proof_prompts, publish
-from orchestrator.record import sample_rows
-from orchestrator.reference import Reference
-from orchestrator.rollouts import Batch, Rollouts, dropped_metrics
-from orchestrator.scorer import Scorer
-from orchestrator.stopwatch import Stopwatch
+from orchestrator.step.evaluation import evaluate
+from orchestrator.step.mismatch import alarm, compare
+from orchestrator.step.publish import proof_prompts, publish
+from orchestrator.step.rollouts import Batch, Rollouts, dropped_metrics
+from orchestrator.step.stopwatch import Stopwatch
 from rollout.cursor import PromptCursor
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.prompts import Prompt

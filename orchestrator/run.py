@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.checkpoints import POLICY, CheckpointError, Checkpoints, RunState, read_state, step_of
 from orchestrator.cluster import ray_cluster
-from orchestrator.config import Config, SFTConfig
-from orchestrator.evaluation import evaluate as evaluate_prompts
+from orchestrator.config.recipe import load_config, save_config
+from orchestrator.config.schema import Config, SFTConfig
 from orchestrator.journal import Journal
-from orchestrator.progress import Progress
-from orchestrator.publication import proof_prompts, publish
-from orchestrator.recipe import load_config, save_config
-from orchestrator.record import Record
-from orchestrator.start import CANARIES, load_data, start_policy, start_training, start_voices
-from orchestrator.tracking import RunStatus, Tracker
+from orchestrator.record.files import Record
+from orchestrator.record.progress import Progress
+from orchestrator.roles.start import CANARIES, load_data, start_policy, start_training, start_voices
+from orchestrator.step.evaluation import evaluate as evaluate_prompts
+from orchestrator.step.publish import proof_prompts, publish
+from orchestrator.tracking.tracker import RunStatus, Tracker
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.media import MediaStore
 
@@ -57,7 +57,7 @@ def export(run_folder: Path, out: Path) -> int:
 
 def sft(config: SFTConfig) -> int:
     """`counterpoint sft`."""
-    from orchestrator.supervised import fine_tune
+    from orchestrator.sft import fine_tune
 
     return _supervised_by_signals(fine_tune(config))
 
@@ -163,7 +163,7 @@ def open_journal(config: Config, state: RunState, *, is_resumed: bool) -> Iterat
 
 def finish_records(config: Config, journal: Journal, state: RunState, outcome: int, verdict: str) -> None:
     """Close the account of a run: the last event, the report, MLflow's status, and the last words on the terminal."""
-    from orchestrator.report import write_report
+    from orchestrator.report.page import write_report
 
     folder = config.run.folder
     journal.event("finished", status=STATUS[outcome], step=state.version, verdict=verdict)

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from orchestrator.config import Config, SFTConfig
-from orchestrator.settings import Schema, Setting, default_text, section, settings
+from orchestrator.config.schema import Config, SFTConfig
+from orchestrator.config.settings import Schema, Setting, default_text, section, settings
 
 TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
 

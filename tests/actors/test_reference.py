@@ -16,7 +16,7 @@ from actors.config import DeadlineConfig, ModelConfig, ReferenceConfig
 from actors.reference import ReferencePool, ReferenceServer, ReferenceSpec
 from algorithms.finite import NonFiniteError
 from rollout.failures import FailureError, FailureKind
-from tests.actors.plain_update import PlainTrainer
+from tests.actors.trainer.plain_update import PlainTrainer
 from tests.actors.training_samples import make_samples
 from tests.tiny_model import build_tiny_vlm
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import Config, RoleResources
+from orchestrator.config.schema import Config, RoleResources
 
 Manifest = dict[str, Any]
 DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")

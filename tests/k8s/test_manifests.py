@@ -19,8 +19,8 @@ import yaml
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.config import Config, SFTConfig
-from orchestrator.recipe import load_config
+from orchestrator.config.recipe import load_config
+from orchestrator.config.schema import Config, SFTConfig
 from tests.k8s import kustomize
 from tests.k8s.rules import (
     container,

@@ -14,8 +14,8 @@ from actors.config import WeightsConfig
 from actors.weights.canary import Canaries, CanaryReport, CanarySequence, compare_canaries
 from actors.weights.manifest import Part
 from actors.weights.offer import PartOffer, WeightsOffer, WeightsReceipt
-from orchestrator.fleet import GeneratorFleet
-from orchestrator.scorer import Scorer
+from orchestrator.roles.fleet import GeneratorFleet
+from orchestrator.roles.scorer import Scorer
 from rollout.config import SamplingConfig
 from rollout.datasets import PromptSet
 from rollout.failures import Failure, FailureError, FailureKind

@@ -11,11 +11,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from actors.engine_weights import EngineWeights, LogProbs
-from actors.generator import Generator
+from actors.generator.engine_weights import EngineWeights, LogProbs
+from actors.generator.generator import Generator
 from actors.weights.canary import Canaries, CanaryReport
 from actors.weights.offer import WeightsOffer
-from actors.weights.receiver import ReceivedWeights
+from actors.weights.pull.receiver import ReceivedWeights
 
 PHASES = ("received", "prepared", "paused", "loading", "half_loaded", "resumed", "verifying", "verified")
 STAGED_PHASES = ("staging", "prepared", "half_loaded", "resumed")

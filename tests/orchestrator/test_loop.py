@@ -15,14 +15,14 @@ from rich.console import Console
 
 from algorithms.kl import make_kl_controller
 from orchestrator.checkpoints import Checkpoints, RunState, read_state
-from orchestrator.config import Config
+from orchestrator.config.schema import Config
 from orchestrator.journal import Journal
-from orchestrator.learning import Appraiser
 from orchestrator.loop import Training, uninterrupted
-from orchestrator.progress import Progress
-from orchestrator.record import Record
-from orchestrator.rollouts import Rollouts
-from orchestrator.tracking import Tracker
+from orchestrator.record.files import Record
+from orchestrator.record.progress import Progress
+from orchestrator.step.appraisal import Appraiser
+from orchestrator.step.rollouts import Rollouts
+from orchestrator.tracking.tracker import Tracker
 from rollout.cursor import PromptCursor
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.ledger import Ledger

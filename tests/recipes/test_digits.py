@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from orchestrator.config import Config, SFTConfig
+from orchestrator.config.schema import Config, SFTConfig
 from reward.registry import RewardRequest
 from reward.verifiers import exact_match
 from rollout.encoding import PromptEncoder

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.weights.offer import WeightsOffer
-from actors.weights.receiver import ReceiverSettings, WeightReceiver
+from actors.weights.pull.receiver import ReceiverSettings, WeightReceiver
 from rollout.failures import FailureError
 
 SPAWN = multiprocessing.get_context("spawn")

@@ -8,11 +8,11 @@ from typing import Any
 
 import zmq
 
-from actors.weights.connection import Answer, Connection
-from actors.weights.memory import Memory
 from actors.weights.offer import Keys
-from actors.weights.relays import Relay, RelayTree
-from actors.weights.server import Holding, WeightServer
+from actors.weights.pull.connection import Answer, Connection
+from actors.weights.pull.memory import Memory
+from actors.weights.pull.relays import Relay, RelayTree
+from actors.weights.pull.server import Holding, WeightServer
 from tests.actors.weights.versions import random_tensors, source_of, written
 
 DEADLINE_S = 20.0
@@ -55,9 +55,9 @@ class TreeDirectory:
         self._tree = tree
 
     def source(self, digest: str, member: Relay, lost: str | None, *, waits: bool) -> Relay | None:
-        """See :class:`actors.weights.server.Directory`."""
+        """See :class:`actors.weights.pull.server.Directory`."""
         return self._tree.relieve(member) if waits else self._tree.join(member, lost)
 
     def done(self, digest: str, name: str) -> None:
-        """See :class:`actors.weights.server.Directory`."""
+        """See :class:`actors.weights.pull.server.Directory`."""
         self._tree.done(name)

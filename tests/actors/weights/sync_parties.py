@@ -66,11 +66,11 @@ class Party:
         return call
 
     def receive(self, offer: WeightsOffer, deadline_s: float = RECEIVE_S, **options: Any) -> Call:
-        """See :meth:`actors.weights.receiver.WeightReceiver.receive`; what was received is loaded, too."""
+        """See :meth:`actors.weights.pull.receiver.WeightReceiver.receive`; what was received is loaded, too."""
         return self.ask("receive", offer=sync_process.packed(offer), deadline_s=deadline_s, **options)
 
     def publish(self, version: int, seed: int = 0) -> WeightsOffer:
-        """See :meth:`actors.weights.publisher.WeightPublisher.publish`."""
+        """See :meth:`actors.weights.pull.publisher.WeightPublisher.publish`."""
         return sync_process.unpacked(self.ask("publish", version=version, seed=seed).result())
 
     def stop_at(self, phase: str) -> None:

@@ -29,17 +29,17 @@ import torch
 import xxhash
 from torch import Tensor
 
-from actors.weights import memory as memory_module
-from actors.weights import publisher as publisher_module
-from actors.weights import receiver as receiver_module
-from actors.weights.connection import Answer, Connection
 from actors.weights.manifest import Manifest, Part
-from actors.weights.memory import Memory, MemoryAddress
 from actors.weights.offer import WeightsOffer
-from actors.weights.publisher import WeightPublisher
-from actors.weights.receiver import ReceivedPart, ReceivedWeights, ReceiverSettings, WeightReceiver
-from actors.weights.relays import Relay
-from actors.weights.server import Holding, WeightServer
+from actors.weights.pull import memory as memory_module
+from actors.weights.pull import publisher as publisher_module
+from actors.weights.pull import receiver as receiver_module
+from actors.weights.pull.connection import Answer, Connection
+from actors.weights.pull.memory import Memory, MemoryAddress
+from actors.weights.pull.publisher import WeightPublisher
+from actors.weights.pull.receiver import ReceivedPart, ReceivedWeights, ReceiverSettings, WeightReceiver
+from actors.weights.pull.relays import Relay
+from actors.weights.pull.server import Holding, WeightServer
 from actors.weights.source import WeightSource
 from actors.weights.tensors import SourceTensor
 from rollout.failures import FailureError

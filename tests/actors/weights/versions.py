@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actors.weights.delta import Delta
 from actors.weights.manifest import Manifest, Part, TensorEntry
-from actors.weights.memory import Memory
-from actors.weights.server import Holding
+from actors.weights.pull.delta import Delta
+from actors.weights.pull.memory import Memory
+from actors.weights.pull.server import Holding
+from actors.weights.pull.writer import VersionWriter
 from actors.weights.source import DTYPES, WeightSource
 from actors.weights.tensors import SourceTensor
-from actors.weights.writer import VersionWriter
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -1,0 +1,424 @@
+"""The weights of one generator's engine: receives policy versions, loads them while requests run, proves them.
+
+What the engine samples with them is the generator's business (generator.py); how bytes arrive, actors/weights/'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.config import WeightsConfig
+from actors.weights.canary import Canaries, CanaryReport, compare_canaries
+from actors.weights.manifest import Part
+from actors.weights.offer import WeightsOffer, WeightsReceipt
+from rollout.failures import Failure, FailureError, FailureKind
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine import PauseMode
+
+    from actors.generator.generator import GeneratorSpec
+    from actors.weights.canary import CanarySequence
+    from actors.weights.pull.receiver import ReceivedPart, ReceivedWeights, WeightReceiver
+
+logger = logging.getLogger(__name__)
+
+STAGED_POLL_S = 0.01
+RECEIVE_SHARE = 0.8  # of the deadline of an update; the rest is for loading
+ADAPTER = "policy"
+WEIGHTS, CACHE = "weights", "kv_cache"  # vLLM's names of what sleeps
+LogProbs = Callable[["CanarySequence", str], Awaitable["NDArray[np.float32]"]]
+
+
+class EngineWeights:
+    """What a generator knows and does about its weights.
+
+    Attributes:
+        config: how versions are received, loaded and proven.
+        version: the version that is loaded.
+        verified: the last version that was proven to be the trainer's.
+        stale: why it may not serve; None while it may.
+        is_asleep: whether it has given its memory to the trainer.
+        adapter: what every request must name, where the policy is an adapter.
+    """
+
+    def __init__(self, spec: GeneratorSpec) -> None:
+        self.spec = spec
+        self.config: WeightsConfig = spec.weights
+        self.version = self.verified = spec.initial_version
+        self.stale: Failure | None = None
+        self.is_asleep = False
+        self.adapter: LoRARequest | None = None
+        self._engine: Any = None
+        self._receiver: WeightReceiver | None = None
+        self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
+        self._changed = asyncio.Condition()
+        self._updating = asyncio.Lock()
+        self._can_stage = True
+
+    async def start(self, engine: Any) -> None:
+        """Take charge of a started engine's weights."""
+        self._engine = engine
+        self._receiver = self._make_receiver()
+        await engine.update_weight_version(str(self.version))
+        lora = self.spec.model.lora
+        if lora is not None and lora.sync == "adapter":
+            from vllm.lora.request import LoRARequest
+
+            from actors.model.lora import write_empty_adapter
+
+            self._adapter_folder = tempfile.TemporaryDirectory(prefix="counterpoint-adapter-")
+            folder = Path(self._adapter_folder.name)
+            await asyncio.to_thread(write_empty_adapter, folder, self.spec.model)
+            self.adapter = LoRARequest(ADAPTER, 1, str(folder))
+            await engine.add_lora(self.adapter)
+
+    async def load(self, offer: WeightsOffer, *, anew: bool = False) -> WeightsReceipt:
+        """See :meth:`actors.generator.generator.Generator.load_weights`."""
+        async with self._updating:
+            with self._death_named():
+                return await self._update(offer, anew=anew)
+
+    async def verify(self, canaries: Canaries, log_probs: LogProbs) -> CanaryReport:
+        """See :meth:`actors.generator.generator.Generator.verify`.
+
+        Args:
+            log_probs: the engine's own of a sequence, asked under a request id.
+        """
+        with self._death_named():
+            return await self._verify(canaries, log_probs)
+
+    async def sleep(self, level: int) -> None:
+        """Give the GPU's memory to the trainer: cache, and weights kept in host memory (1) or thrown away (2).
+
+        Requests in flight are finished first. It wakes with the next version.
+
+        Raises:
+            FailureError: `generator_restless`, where requests didn't end in time.
+        """
+        async with self._updating:
+            if self.is_asleep:
+                return
+            deadline_s = self.spec.deadlines.generate_s
+            try:
+                async with asyncio.timeout(deadline_s):
+                    await self._engine.sleep(level=level, mode="wait")
+            except TimeoutError:
+                why = f"its requests weren't finished within {deadline_s:g} s, so it couldn't be put to sleep"
+                raise FailureError(self.failure("generator_restless", why)) from None
+            self.is_asleep = True
+            if level > 1 and self._receiver is not None:
+                await asyncio.to_thread(self._receiver.forget_loaded)
+
+    async def once_awake(self, deadline_s: float) -> Failure | None:
+        """Wait until requests may run; a failure where that takes too long."""
+        if not self.is_asleep:
+            return None
+        return await self._wait(lambda: not self.is_asleep, deadline_s, "generator_asleep", "it was asleep")
+
+    async def once_proven(self, version: int) -> Failure | None:
+        """Wait until what a version has sampled may be handed out; a failure where it may not."""
+        if self.verified >= version:
+            return None
+        why = f"version {version} wasn't proven"
+        failure = await self._wait(
+            lambda: self.verified >= version or self.stale is not None,
+            self.spec.deadlines.sync_s,
+            "weights_unverified",
+            why,
+        )
+        return failure or self.stale
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Stop sampling. Raises FailureError (`engine_dead`) where there is no engine to stop."""
+        # AsyncLLM.pause_generation does the same and then sleeps for 20 ms, a third of a small model's update
+        pause = self._engine.engine_core.pause_scheduler_async
+        with self._death_named():
+            await pause(mode=mode, clear_cache=False)
+
+    async def pause_for(self, version: int) -> None:
+        """Stop sampling as the recipe says, to load a version; at once where it is asleep.
+
+        Raises:
+            FailureError: `weights_not_paused`: requests that must end first didn't in time. Sampling goes on.
+        """
+        if self.is_asleep:
+            return
+        deadline_s = self.spec.deadlines.sync_s
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self.pause(self.config.in_flight)
+        except TimeoutError:
+            await self._engine.resume_generation()
+            why = f"its requests weren't finished within {deadline_s:g} s, so version {version} couldn't be loaded"
+            raise FailureError(self.failure("weights_not_paused", why)) from None
+
+    async def hold(self) -> None:
+        """Keep other updates away until :meth:`release`; wakes the weights' memory."""
+        async with asyncio.timeout(self.spec.deadlines.sync_s):
+            await self._updating.acquire()
+        if self.is_asleep:
+            await self._engine.wake_up([WEIGHTS])
+
+    def release(self) -> None:
+        """Let other updates come."""
+        if self._updating.locked():
+            self._updating.release()
+
+    async def set_loaded(self, version: int) -> None:
+        """The engine has a version; what it samples is handed out once that is proven."""
+        async with self._changed:
+            self.version, self.stale, self.is_asleep = version, None, False
+            is_proven = self.config.canaries == 0
+            self.verified = version if is_proven else min(self.verified, version - 1)
+            self._changed.notify_all()
+
+    async def set_broken(self, error: BaseException) -> FailureError:
+        """The engine may hold parts of two versions: it serves nothing, and what runs is aborted."""
+        why = (
+            f"a policy version wasn't loaded whole: {error!r}. The engine may hold parts of two versions, so it serves "
+            "nothing until a version is loaded."
+        )
+        failure = self.failure("weights_not_loaded", why)
+        await self._set_stale(failure)
+        await self.pause("abort")
+        return FailureError(failure)
+
+    async def close(self, deadline_s: float) -> None:
+        """Give up what was received."""
+        if self._receiver is not None:
+            with contextlib.suppress(TimeoutError):  # in the middle of receiving: gone with the process
+                await asyncio.wait_for(asyncio.to_thread(self._receiver.close), deadline_s)
+        if self._adapter_folder is not None:
+            self._adapter_folder.cleanup()
+
+    def failure(self, reason: str, why: str) -> Failure:
+        """A failure of this generator."""
+        return Failure(FailureKind.INFRASTRUCTURE, reason, f"{self.spec.name}: {why}")
+
+    def _make_receiver(self) -> WeightReceiver:
+        from actors.weights.pull.receiver import ReceiverSettings, WeightReceiver
+        from actors.weights.pull.server import LOOPBACK
+
+        settings = ReceiverSettings(
+            maps_memory=self.config.shared_memory,
+            serves=self.config.fan_out > 0,
+            listen=LOOPBACK if self.config.listen == "loopback" else self.spec.address or _node_address(),
+            patience_s=self.config.patience_s,
+            folder=self.spec.weights_folder,
+        )
+        return WeightReceiver(self.spec.name, settings)
+
+    async def _verify(self, canaries: Canaries, log_probs: LogProbs) -> CanaryReport:
+        started = time.monotonic()
+        if canaries.version != self.version:
+            why = f"has version {self.version}, and the canaries are of version {canaries.version}"
+            raise FailureError(self.failure("canary_version", why))
+        requests = [
+            log_probs(sequence, f"canary-{canaries.version}-{index}-{time.monotonic_ns()}")
+            for index, sequence in enumerate(canaries.sequences)
+        ]
+        report = compare_canaries(canaries, await asyncio.gather(*requests), time.monotonic() - started)
+        if report.agrees:
+            await self._set_verified(canaries.version)
+        else:
+            why = f"policy version {canaries.version} computes other log-probabilities than the trainer: {report.words}"
+            await self._set_stale(self.failure("weights_disagree", why))
+            await self.pause("abort")
+            await self._engine.resume_generation()
+        return report
+
+    async def _update(self, offer: WeightsOffer, *, anew: bool) -> WeightsReceipt:
+        started = time.monotonic()
+        deadline_s = RECEIVE_SHARE * self.spec.deadlines.sync_s
+        received = await self._receive(offer, deadline_s, anew=anew)
+        transferred = time.monotonic()
+        await self._prepare(received, offer.version, started + self.spec.deadlines.sync_s)
+        before = await self._held_digests() if anew else {}
+        prepared = time.monotonic()
+        await self.pause_for(offer.version)
+        paused = time.monotonic()
+        try:
+            await self._load(received, offer.version)
+            loaded = time.monotonic()
+        except asyncio.CancelledError as error:
+            await self.set_broken(error)
+            raise
+        except Exception as error:
+            raise await self.set_broken(error) from error
+        finally:
+            await self._engine.resume_generation()
+        resumed = time.monotonic()
+        assert self._receiver is not None
+        self._receiver.loaded(received)
+        await self.set_loaded(offer.version)
+        after = await self._held_digests() if anew else {}
+        return WeightsReceipt(
+            version=offer.version,
+            digest=received.parts[-1].manifest.digest,
+            transfer_s=transferred - started,
+            load_s=loaded - paused,
+            pause_s=resumed - prepared,
+            stage_s=prepared - transferred,
+            received_bytes=received.received_bytes,
+            route=received.route,
+            source=received.source,
+            corrected=tuple(sorted(name for name in after if before.get(name) != after[name])),
+        )
+
+    async def _receive(self, offer: WeightsOffer, deadline_s: float, *, anew: bool) -> ReceivedWeights:
+        assert self._receiver is not None
+        try:
+            return await asyncio.to_thread(self._receiver.receive, offer, deadline_s, anew=anew)
+        except asyncio.CancelledError:
+            self._receiver.interrupt()  # else the thread would go on, and the next version wait for it
+            raise
+
+    async def _prepare(self, received: ReceivedWeights, version: int, until: float) -> None:
+        """All that can be done before generation has to stop."""
+        plain = _plain(received)
+        if self.is_asleep:
+            await self._engine.wake_up([WEIGHTS])
+        least = self.config.stage_from_mib
+        is_large = least is not None and sum(part.manifest.nbytes for part in plain) >= least << 20
+        may_stage = is_large and self._can_stage and not self.is_asleep
+        if plain and not (may_stage and await self._stage(plain, version, until)):
+            await self._engine.collective_rpc("prepare_weights", args=([part.path for part in plain],))
+        for part in received.parts:
+            if part.manifest.part is Part.ADAPTER:
+                await asyncio.to_thread(self._write_adapter, part)
+
+    async def _stage(self, parts: list[ReceivedPart], version: int, until: float) -> bool:
+        """Have the workers make a version ready beside generation; False where their model can't be loaded like that.
+
+        Raises:
+            FailureError: `weights_not_staged`; the old version goes on being served, whole.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            async with asyncio.timeout(until - time.monotonic()):
+                obstacles = await self._engine.collective_rpc("stage_weights", args=(_update_info(parts),))
+                obstacle = next((each for each in obstacles if each is not None), None)
+                if obstacle is not None:
+                    logger.info("%s: weights are loaded while generation stands still: %s", self.spec.name, obstacle)
+                    self._can_stage = False  # with this model, ever
+                    return False
+                while not all(await self._engine.collective_rpc("is_staged")):
+                    await asyncio.sleep(STAGED_POLL_S)
+        except TimeoutError:
+            why = f"version {version} wasn't ready in its engine within {self.spec.deadlines.sync_s:g} s"
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            why = (
+                f"its engine couldn't make version {version} ready: {error!r}. If the same version loads with "
+                "weights.stage_from_mib: null, it is the staging that doesn't fit this model"
+            )
+        else:
+            return True
+        raise FailureError(self.failure("weights_not_staged", why))
+
+    async def _load(self, received: ReceivedWeights, version: int) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        engine, plain = self._engine, _plain(received)
+        if plain:
+            await engine.start_weight_update()
+            await engine.update_weights(WeightTransferUpdateRequest(update_info=_update_info(plain)))
+            await engine.finish_weight_update()
+        if self.adapter is not None:
+            await self._load_adapter()
+        await engine.update_weight_version(str(version))
+        await self.invalidate(has_frozen=len(received.parts) > 1)
+
+    async def invalidate(self, *, has_frozen: bool) -> None:
+        """Forget what was computed with other weights; where it was asleep, wake the cache's memory."""
+        if self.is_asleep:
+            await self._engine.wake_up([CACHE])
+        model, freeze = self.spec.model, self.spec.model.freeze
+        if has_frozen or not (model.lora is not None or (freeze.vision_tower and freeze.projector)):
+            await self._engine.reset_encoder_cache()
+        await self._engine.reset_prefix_cache(reset_running_requests=self.config.recompute_cache)
+
+    def _write_adapter(self, part: ReceivedPart) -> None:
+        """The adapter as a folder, which is what vLLM loads."""
+        from actors.model.lora import write_adapter_folder
+        from actors.weights.source import tensors_in
+
+        assert self._adapter_folder is not None
+        tensors = tensors_in(part.manifest, bytearray(part.holding.memory.view))  # small, and torch wants to write
+        write_adapter_folder(Path(self._adapter_folder.name), json.loads(part.manifest.attributes), tensors)
+
+    async def _load_adapter(self) -> None:
+        from vllm.lora.request import LoRARequest
+
+        assert self.adapter is not None
+        # in place: running requests go on with the new one. A request must not ask for that itself
+        await self._engine.add_lora(LoRARequest(ADAPTER, 1, self.adapter.lora_path, load_inplace=True))
+
+    async def _held_digests(self) -> dict[str, str]:
+        """Of what every worker's model computes with, by tensor."""
+        workers = await self._engine.collective_rpc("held_digests")
+        return {
+            f"{name} (worker {index})" if index else name: digest
+            for index, held in enumerate(workers)
+            for name, digest in held.items()
+        }
+
+    async def _wait(self, happened: Callable[[], bool], deadline_s: float, reason: str, why: str) -> Failure | None:
+        try:
+            async with asyncio.timeout(deadline_s), self._changed:
+                await self._changed.wait_for(happened)
+        except TimeoutError:
+            return self.failure(reason, f"{why} within {deadline_s:g} s")
+        return None
+
+    @contextlib.contextmanager
+    def _death_named(self) -> Iterator[None]:
+        """Whatever fails because the engine is dead fails for that reason."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            yield
+        except EngineDeadError as error:
+            raise FailureError(self.failure("engine_dead", "its engine is dead")) from error
+
+    async def _set_verified(self, version: int) -> None:
+        async with self._changed:
+            self.verified = version
+            self._changed.notify_all()
+
+    async def _set_stale(self, failure: Failure) -> None:
+        logger.error(failure.message)
+        async with self._changed:
+            self.stale = failure
+            self._changed.notify_all()
+
+
+def _plain(received: ReceivedWeights) -> list[ReceivedPart]:
+    """What the engine's workers load; adapters go another way."""
+    return [part for part in received.parts if part.manifest.part is not Part.ADAPTER]
+
+
+def _update_info(parts: list[ReceivedPart]) -> dict[str, Any]:
+    """See :class:`actors.weights.worker.engine.ZmqUpdateInfo`."""
+    return {"parts": [(part.manifest.packed, part.path) for part in parts]}
+
+
+def _node_address() -> str:
+    import ray
+
+    address: str = ray.util.get_node_ip_address()
+    return address

@@ -1,0 +1,89 @@
+"""Whether trainer and generators still hold the same policy: their log-probabilities of the same tokens, compared.
+
+Synchronous training gets the comparison for nothing, since the trainer's first forward pass of a batch is at the
+version that sampled it. With stale samples it isn't, so a few completions are sampled for the purpose after each
+publication.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from actors.config import WeightsConfig
+from orchestrator.roles.fleet import GeneratorFleet
+from rollout.config import SamplingConfig
+from rollout.failures import Failure, FailureError, FailureKind
+from rollout.prompts import Prompt
+from rollout.samples import Generation, TrainingSample
+
+if TYPE_CHECKING:
+    from actors.trainer.policy import PolicyGroup
+
+CANARY_PROMPTS = 4
+CANARY_TOKENS = 16
+
+
+async def compare(
+    fleet: GeneratorFleet, policy: PolicyGroup, prompts: Sequence[Prompt], sampling: SamplingConfig, version: int
+) -> dict[str, float]:
+    """Sample a completion of each prompt and compare its log-probabilities with the trainer's own.
+
+    Returns:
+        `rollout/mismatch_kl`: KL(generator || trainer) by k3, nats, mean over the tokens; `rollout/max_logprob_gap`:
+        the largest difference at one token, nats. Only tokens that `version` sampled count.
+    Raises:
+        FailureError: a role failed, or no token was sampled by `version`.
+    """
+    short = sampling.model_copy(update={"max_tokens": min(sampling.max_tokens, CANARY_TOKENS)})
+    requests = (
+        fleet.generate(prompt, 1, short, index, f"canary-{version}-{index}") for index, prompt in enumerate(prompts)
+    )
+    generations = await asyncio.gather(*requests)
+    samples = [
+        _as_sample(prompt, generation)
+        for prompt, generation in zip(prompts, generations, strict=True)
+        if isinstance(generation, Generation) and len(generation.completions[0])
+    ]
+    if not samples:
+        raise FailureError(Failure(FailureKind.INFRASTRUCTURE, "no_canary", "no canary sequence could be sampled"))
+    own = np.concatenate(await policy.log_probs(samples))
+    theirs = np.concatenate([s.behaviour_log_probs for s in samples])
+    current = np.concatenate([s.policy_versions for s in samples]) == version
+    if not current.any():
+        message = f"the fleet answered at another version than {version}, which it was told to serve"
+        raise FailureError(Failure(FailureKind.BUG, "canary_version", message))
+    difference = (own - theirs)[current].astype(np.float64)
+    return {
+        "rollout/mismatch_kl": float(np.mean(np.expm1(difference) - difference)),
+        "rollout/max_logprob_gap": float(np.abs(difference).max()),
+    }
+
+
+def alarm(metrics: dict[str, float], config: WeightsConfig) -> str | None:
+    """What to say when trainer and generators disagree by more than the recipe allows; None while they agree."""
+    kl, gap = metrics.get("rollout/mismatch_kl", 0.0), metrics.get("rollout/max_logprob_gap", 0.0)
+    if kl <= config.max_mismatch_kl and gap <= config.max_logprob_gap:
+        return None
+    return (
+        f"trainer and generators disagree: mismatch KL {kl:.3g} nats a token (weights.max_mismatch_kl = "
+        f"{config.max_mismatch_kl:g}), largest gap {gap:.3g} nats (weights.max_logprob_gap = "
+        f"{config.max_logprob_gap:g}). Usual causes: "
+        "weights that didn't arrive whole, another precision, or sampling with top_p or top_k"
+    )
+
+
+def _as_sample(prompt: Prompt, generation: Generation) -> TrainingSample:
+    completion = generation.completions[0]
+    return TrainingSample(
+        prompt=prompt,
+        prompt_token_ids=generation.prompt_token_ids,
+        token_ids=completion.token_ids,
+        loss_mask=np.ones(len(completion), dtype=np.bool_),
+        advantages=np.zeros(len(completion), dtype=np.float32),
+        behaviour_log_probs=completion.log_probs,
+        policy_versions=completion.policy_versions,
+    )

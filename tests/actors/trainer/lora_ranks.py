@@ -1,0 +1,146 @@
+"""Ranks of a policy with LoRA adapters as plain processes: two updates, a checkpoint between them, an export.
+
+Run as a script: a pickled :class:`Task`, the store's port, the rank, a file for the result.
+"""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, distributed
+
+from actors.config import LoraConfig
+from actors.trainer.policy import PolicySpec
+from rollout.failures import FailureError
+from rollout.samples import TrainingSample
+
+KL_COEFFICIENT = 0.1
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the ranks do.
+
+    Attributes:
+        resumes: only load the checkpoint in the folder, and make the second update.
+    """
+
+    spec: PolicySpec
+    samples: list[TrainingSample]
+    folder: Path
+    resumes: bool = False
+
+
+@dataclass
+class Outcome:
+    """What a rank saw. Adapters are whole, by their names in a checkpoint of peft's."""
+
+    initial: dict[str, Tensor]
+    first: dict[str, Tensor]
+    second: dict[str, Tensor]
+    resumed: dict[str, Tensor]
+    merged: dict[str, Tensor]
+    base: dict[str, Tensor]
+    metrics: list[dict[str, float]]
+    log_probs: dict[int, NDArray[np.float32]]
+    refusal: str
+
+
+def run_ranks(task: Task) -> list[Outcome]:
+    """The outcome of each rank."""
+    from actors.trainer.deepspeed_engine import open_store
+
+    task.folder.mkdir(parents=True, exist_ok=True)
+    (task.folder / "task.pickle").write_bytes(pickle.dumps(task))
+    count = task.spec.trainer.ranks
+    store = open_store(120.0, count)
+    outs = [task.folder / f"outcome-{task.resumes}-{rank}.pickle" for rank in range(count)]
+    command = [sys.executable, "-m", "tests.actors.trainer.lora_ranks", task.folder / "task.pickle", str(store.port)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), out],
+            cwd=Path(__file__).resolve().parents[3],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, out in enumerate(outs)
+    ]
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * count, "\n".join(output[-4000:] for output in outputs)
+    return [pickle.loads(out.read_bytes()) for out in outs]
+
+
+def main() -> None:
+    from actors.model.lora import adapter_tensors, base_tensors, merged_tensors
+    from actors.trainer.deepspeed_engine import Place
+    from actors.trainer.policy_trainer import PolicyTrainer
+    from actors.weights.source import gathered
+    from actors.weights.tensors import SourceTensor
+
+    path, port, rank, out = sys.argv[1:]
+    task: Task = pickle.loads(Path(path).read_bytes())
+    count = task.spec.trainer.ranks
+    store = distributed.TCPStore("127.0.0.1", int(port), count, is_master=False, timeout=timedelta(seconds=120))
+    trainer = PolicyTrainer(task.spec, Place(int(rank), count, "cpu", "127.0.0.1", int(port)), store)
+
+    def whole(tensors: list[SourceTensor]) -> dict[str, Tensor]:
+        found = {}
+        for tensor in tensors:
+            with gathered(list(tensor.parameters)):
+                found[tensor.name] = tensor.read().clone()
+                assert found[tensor.name].shape == tensor.shape
+        return found
+
+    def adapters() -> dict[str, Tensor]:
+        return whole(adapter_tensors(trainer.module, task.spec.model.precision))
+
+    state = task.folder / "state"
+    initial, metrics, refusal = adapters(), [], ""
+    if task.resumes:
+        trainer.load(state)
+        first = adapters()
+        metrics.append(trainer.update(task.samples, KL_COEFFICIENT))
+        second = resumed = adapters()
+    else:
+        metrics.append(trainer.update(task.samples, KL_COEFFICIENT))
+        first = adapters()
+        trainer.save(state)
+        metrics.append(trainer.update(task.samples, KL_COEFFICIENT))
+        second = adapters()
+        trainer.export(task.folder / "export")
+        other = task.spec.model.model_copy(update={"lora": LoraConfig(rank=3)})
+        trainer.spec = replace(task.spec, model=other)
+        try:
+            trainer.load(state)
+        except FailureError as error:
+            refusal = error.failure.message
+        trainer.spec = task.spec
+        trainer.load(state)
+        trainer.update(task.samples, KL_COEFFICIENT)
+        resumed = adapters()
+    outcome = Outcome(
+        initial=initial,
+        first=first,
+        second=second,
+        resumed=resumed,
+        merged=whole(merged_tensors(trainer.module, task.spec.model.precision)),
+        base=whole(base_tensors(trainer.module, task.spec.model.precision)),
+        metrics=metrics,
+        log_probs=trainer.log_probs(task.samples),
+        refusal=refusal,
+    )
+    Path(out).write_bytes(pickle.dumps(outcome))
+
+
+if __name__ == "__main__":
+    from tests.actors.trainer import lora_ranks  # so that what it pickles isn't called __main__.Outcome
+
+    lora_ranks.main()

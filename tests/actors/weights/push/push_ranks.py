@@ -1,0 +1,64 @@
+"""Pushes from two trainer ranks under ZeRO-3, one of which fails in the middle.
+
+Run as a script: a model's folder, the store's port, the rank, a file for the result (written by rank 0): what the
+generator held after the push that succeeded, and what became of each push.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from actors.config import ModelConfig, TrainerConfig
+from actors.model.forward import load_model
+from actors.trainer.deepspeed_engine import Engine, Place, join
+from actors.weights.push.sender import DeviceSender, PushSettings
+from actors.weights.source import module_tensors
+from tests.actors.weights.push.push_peer import PeerPort
+
+RANKS = 2
+FAILS_AT = "model.layers.0.mlp.down_proj.weight"
+
+
+def fail() -> None:
+    raise RuntimeError("out of memory")
+
+
+def main() -> None:
+    folder, port, rank, out = sys.argv[1:]
+    torch.set_num_threads(1)
+    place = Place(int(rank), RANKS, "cpu", "127.0.0.1", int(port))
+    deadline = timedelta(seconds=120)
+    store = distributed.TCPStore("127.0.0.1", int(port), RANKS, is_master=False, timeout=deadline)
+    join(place, store, 120.0)
+    trainer = TrainerConfig(zero_stage=3, steps=1)
+    engine = Engine(load_model(ModelConfig(path=Path(folder), precision="float32")), trainer, "float32", place)
+    tensors = module_tensors(engine.module, "bfloat16")
+    settings = PushSettings("nccl", "127.0.0.1", 30.0, gather_bytes=100_000, buffer_bytes=150_000)
+    sender = DeviceSender(tensors, settings, rank=place.rank, device=torch.device("cpu"))
+    result: dict[str, Any] = {}
+    for name in ("well", "ill", "well again"):
+        ports = [PeerPort(name)] if place.rank == 0 else []
+        if name == "ill":
+            ports and ports[0].when(FAILS_AT, fail)
+        report = sender.push(1, ports)
+        if report is not None:
+            (held,) = ports[0].ask("held")
+            result[name] = (report.is_whole, str(report), held)
+            ports[0].stop()
+    sender.close()
+    distributed.barrier()
+    if place.rank == 0:
+        torch.save(result, out)
+    sys.stdout.flush()
+    os._exit(0)  # threads of the group that was given up may still wait for their peer: C++ would abort over them
+
+
+if __name__ == "__main__":
+    main()
