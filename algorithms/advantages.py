@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from algorithms.groups import Groups, centre
+from algorithms.group_statistics import Groups, centre
 from algorithms.inputs import AdvantageInputs
 from algorithms.registry import Need, Options, advantage_estimator
 

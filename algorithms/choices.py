@@ -10,7 +10,6 @@ from typing import Any
 from algorithms import (
     advantages,
     aggregation,
-    combination,
     correction,
     inference_aware,
     kl,
@@ -20,11 +19,12 @@ from algorithms import (
     losses_sequence,
     pass_at_k,
     returns,
+    reward_combination,
     reward_models,
     shaping,
 )
 from algorithms.config import AlgorithmConfig
-from algorithms.gradients import combinations
+from algorithms.gradients import gradient_weights
 from algorithms.preferences import adversarial_images, dynamic, image_negatives, multimodal, spans, text, unpaired
 from algorithms.registry import (
     ADVANTAGE_ESTIMATORS,
@@ -47,7 +47,7 @@ BUILT_IN = (
     *(advantages, inference_aware, pass_at_k, returns),
     *(losses, losses_behaviour, losses_covariance, losses_sequence),
     *(aggregation, correction, kl),
-    *(combination, combinations, shaping),
+    *(reward_combination, gradient_weights, shaping),
     *(adversarial_images, dynamic, image_negatives, multimodal, spans, text, unpaired, reward_models),
 )
 """The modules that register methods by being imported."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from algorithms import advantages as _advantages  # noqa: F401  registered by being imported
 from algorithms import pass_at_k as _pass_at_k  # noqa: F401
 from algorithms.finite import require_finite
-from algorithms.groups import Groups
+from algorithms.group_statistics import Groups
 from algorithms.inputs import AdvantageInputs
 from algorithms.registry import ADVANTAGE_ESTIMATORS, AdvantageEstimator, Need
 from algorithms.turns import by_turn

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from algorithms.advantages import STD_EPSILON
-from algorithms.groups import Groups, centre
+from algorithms.group_statistics import Groups, centre
 from algorithms.inputs import AdvantageInputs
 from algorithms.registry import Options, advantage_estimator
 

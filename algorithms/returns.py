@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from algorithms.advantages import STD_EPSILON
-from algorithms.groups import Groups
+from algorithms.group_statistics import Groups
 from algorithms.inputs import AdvantageInputs
 from algorithms.registry import Need, Options, advantage_estimator
 

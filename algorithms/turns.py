@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from algorithms.groups import Groups
+from algorithms.group_statistics import Groups
 from algorithms.inputs import AdvantageInputs
 from algorithms.returns import Actions, discounted_sums
 

@@ -74,7 +74,7 @@ def train(
     with _exit_codes():
         config = _load(recipe, overrides)
         _look_ahead(config, resume=resume)
-        from orchestrator.run import train as run_training
+        from orchestrator.run_shell import train as run_training
 
         raise typer.Exit(run_training(config, resume=resume))
 
@@ -83,12 +83,12 @@ def train(
 def sft(recipe: Recipe, overrides: Overrides = None) -> None:
     """Fine-tune a model on given answers."""
     with _exit_codes():
-        from orchestrator.config.recipe import load_config
+        from orchestrator.config.loading import load_config
         from orchestrator.config.schema import SFTConfig
 
         config = load_config(recipe, overrides or (), SFTConfig)
         _look_ahead(config)
-        from orchestrator.run import sft as run_sft
+        from orchestrator.run_shell import sft as run_sft
 
         raise typer.Exit(run_sft(config))
 
@@ -109,7 +109,7 @@ def evaluate(
         if checkpoint is not None and not checkpoint.is_dir():
             _refuse(f"--checkpoint: there is no folder {checkpoint}. A run keeps its own under checkpoints/.")
         _look_ahead(config, starts_run=False)
-        from orchestrator.run import evaluate as run_evaluation
+        from orchestrator.run_shell import evaluate as run_evaluation
 
         raise typer.Exit(run_evaluation(config, checkpoint.absolute() if checkpoint else None))
 
@@ -124,7 +124,7 @@ def export(
         _need_folder(run_folder)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             _refuse(f"{out} exists and isn't an empty folder. Choose another, or remove it.")
-        from orchestrator.run import export as run_export
+        from orchestrator.run_shell import export as run_export
 
         raise typer.Exit(run_export(run_folder.absolute(), out.absolute()))
 
@@ -163,7 +163,7 @@ def report(run_folder: RunFolder) -> None:
 def check(recipe: Recipe, overrides: Overrides = None) -> None:
     """Load a recipe, look ahead, and print what would run. Starts nothing."""
     with _exit_codes():
-        from orchestrator.config.recipe import load_config, read_recipe
+        from orchestrator.config.loading import load_config, read_recipe
         from orchestrator.config.schema import Config, SFTConfig
         from orchestrator.preflight.plan_table import plan_rows
 
@@ -185,7 +185,7 @@ def show_config(
     """List every setting: its key, what is allowed, its default, what it does."""
     with _exit_codes():
         from orchestrator.config.schema import Config, SFTConfig
-        from orchestrator.config.settings import default_text, settings
+        from orchestrator.config.setting_list import default_text, settings
 
         found = [s for s in settings(SFTConfig if supervised else Config) if s.key.startswith(prefix)]
         if not found:
@@ -196,7 +196,7 @@ def show_config(
 
 
 def _load(recipe: Path, overrides: list[str] | None) -> Config:
-    from orchestrator.config.recipe import load_config
+    from orchestrator.config.loading import load_config
 
     return load_config(recipe, overrides or ())
 
@@ -237,7 +237,7 @@ def _say(severity: str, message: str) -> None:
 @contextmanager
 def _exit_codes() -> Iterator[None]:
     """Turns every way a command can end into one message and the exit code that says what it was."""
-    from orchestrator.config.recipe import ConfigError
+    from orchestrator.config.loading import ConfigError
     from orchestrator.record.progress import StderrHandler
     from rollout.failures import DataError, FailureError
 

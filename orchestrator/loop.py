@@ -19,11 +19,11 @@ from algorithms.kl import AdaptiveKL, FixedKL, needs_distributions
 from algorithms.registry import Need
 from orchestrator.checkpoints import BestMetric, Checkpoints, RunState
 from orchestrator.config.schema import Config
-from orchestrator.journal import Journal
-from orchestrator.record.files import sample_rows
+from orchestrator.record.run_record import sample_rows
 from orchestrator.roles.fleet import GeneratorFleet
 from orchestrator.roles.reference import Reference
-from orchestrator.roles.scorer import Scorer
+from orchestrator.roles.rewards import Scorer
+from orchestrator.step.agreement_check import alarm, compare
 from orchestrator.step.appraisal import (
     Appraisal,
     Appraiser,
@@ -35,10 +35,10 @@ from orchestrator.step.appraisal import (
     with_values,
 )
 from orchestrator.step.evaluation import evaluate
-from orchestrator.step.mismatch import alarm, compare
 from orchestrator.step.publish import proof_prompts, publish
 from orchestrator.step.rollouts import Batch, Rollouts, dropped_metrics
 from orchestrator.step.stopwatch import Stopwatch
+from orchestrator.telemetry import Journal
 from rollout.cursor import PromptCursor
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.prompts import Prompt

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from orchestrator.cluster import ray_cluster
-from orchestrator.config.recipe import save_config
+from orchestrator.config.loading import save_config
 from orchestrator.config.schema import SFTConfig
-from orchestrator.record.files import Record
 from orchestrator.record.progress import Progress
+from orchestrator.record.run_record import Record
 from orchestrator.roles.start import share
 from orchestrator.step.stopwatch import Stopwatch
 from orchestrator.tracking.tracker import Tracker

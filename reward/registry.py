@@ -1,6 +1,6 @@
 """What a reward function is: the request it sees, the decorator that registers it, and how it is looked up and called.
 
-Nothing here runs a function apart from the caller; that is in ``reward.workers``.
+Nothing here runs a function apart from the caller; that is in ``reward.group_scoring``.
 """
 
 from __future__ import annotations

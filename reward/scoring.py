@@ -26,7 +26,7 @@ Parts = dict[str, float]
 
 TRACEBACK_LINES = 20
 REPR_CHARACTERS = 120
-_CALLERS = frozenset(str(Path(__file__).with_name(name)) for name in ("worker.py", "registry.py"))
+_CALLERS = frozenset(str(Path(__file__).with_name(name)) for name in ("worker_main.py", "registry.py"))
 
 
 def component_labels(components: Sequence[RewardComponentConfig]) -> list[str]:

@@ -34,7 +34,7 @@ from algorithms.registry import (
     Registry,
     incompatibility,
 )
-from orchestrator.config.settings import default_text, settings
+from orchestrator.config.setting_list import default_text, settings
 
 TARGET = Path(__file__).parent.parent / "docs" / "algorithms.md"
 

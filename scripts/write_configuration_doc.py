@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from orchestrator.config.schema import Config, SFTConfig
-from orchestrator.config.settings import Schema, Setting, default_text, section, settings
+from orchestrator.config.setting_list import Schema, Setting, default_text, section, settings
 
 TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
 

@@ -413,7 +413,7 @@ def _plain(received: ReceivedWeights) -> list[ReceivedPart]:
 
 
 def _update_info(parts: list[ReceivedPart]) -> dict[str, Any]:
-    """See :class:`actors.weights.worker.engine.ZmqUpdateInfo`."""
+    """See :class:`actors.weights.worker.transfer_backend.ZmqUpdateInfo`."""
     return {"parts": [(part.manifest.packed, part.path) for part in parts]}
 
 

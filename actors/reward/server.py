@@ -1,4 +1,4 @@
-"""The reward server: a Ray actor around ``reward.workers``, and the driver's typed handle to it."""
+"""The reward server: a Ray actor around ``reward.group_scoring``, and the driver's typed handle to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.calls import Share
 from reward.config import RewardConfig
-from reward.workers import RewardCounters, RewardWorkers
+from reward.group_scoring import RewardCounters, RewardWorkers
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.prompts import Prompt
 from rollout.samples import Completion, Score

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, distributed
 
 from algorithms.config import AlgorithmConfig
-from algorithms.gradients.combinations import GradientInputs, gradient_weights
 from algorithms.gradients.famo import FAMOOptions, FAMOState, famo_update
+from algorithms.gradients.gradient_weights import GradientInputs, gradient_weights
 from algorithms.gradients.shards import combine, gram_matrix
 from algorithms.registry import GRADIENT_COMBINATIONS
 

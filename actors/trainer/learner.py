@@ -28,7 +28,7 @@ from actors.trainer.deepspeed_engine import Engine, Place, join
 from actors.trainer.ranks import LearnerSpec
 from actors.trainer.schedule import learning_rate
 from algorithms.finite import NonFiniteError
-from algorithms.objective import Denominators, ObjectiveMetrics, finish_metrics
+from algorithms.policy_objective import Denominators, ObjectiveMetrics, finish_metrics
 from rollout.balance import micro_batches, padding_share, row_lengths, rows_of_prompts, split_over_ranks
 from rollout.encoding import ExpandedPrompt, PromptEncoder
 from rollout.failures import Failure, FailureError, FailureKind

@@ -21,7 +21,7 @@ from rollout.prompts import Prompt
 from rollout.samples import TrainingSample
 
 if TYPE_CHECKING:
-    from actors.weights.push.outcomes import PushReport
+    from actors.weights.push.recipients import PushReport
 
 LOOPBACK = "127.0.0.1"
 
@@ -156,7 +156,7 @@ class PolicyGroup(RankGroup):
     rank_class = PolicyRank
 
     async def update(self, samples: list[TrainingSample], kl_coefficient: float) -> dict[str, float]:
-        """One training step on all ranks; metrics under `train/`: :meth:`actors.trainer.policy_trainer.PolicyTrainer.update`."""
+        """One training step on all ranks; metrics under `train/`, as :meth:`PolicyRank.update` gives them."""
         samples_ref = ray.put(samples)
         metrics: list[dict[str, float]] = await self._all(
             "update", "update", self.spec.deadlines.update_s, samples_ref, kl_coefficient

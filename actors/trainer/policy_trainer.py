@@ -30,7 +30,7 @@ from algorithms.config import AlgorithmConfig
 from algorithms.finite import NonFiniteError
 from algorithms.inputs import BatchTokens
 from algorithms.kl import full, needs_distributions
-from algorithms.objective import Denominators, ObjectiveMetrics, TokenBatch, objective
+from algorithms.policy_objective import Denominators, ObjectiveMetrics, TokenBatch, objective
 from algorithms.registry import KL_ESTIMATORS, POLICY_LOSSES
 from rollout.balance import split_evenly
 from rollout.prompts import Prompt, TextPart

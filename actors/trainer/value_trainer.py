@@ -16,7 +16,7 @@ from actors.model.output_head import expected_transform
 from actors.trainer.learner import Learner, MicroBatch, Part, UnusableOutputError, merged_reports
 from algorithms.finite import NonFiniteError, require_finite
 from algorithms.logit_tiles import LogitTransform
-from algorithms.objective import Denominators, ObjectiveMetrics
+from algorithms.policy_objective import Denominators, ObjectiveMetrics
 from algorithms.values import value_loss
 from rollout.balance import split_evenly
 from rollout.samples import TrainingSample

@@ -20,9 +20,9 @@ def register() -> None:
         logging.getLogger(__name__).info("this vLLM has no weight-transfer framework: %s", error)
         return
     for name, module, engine in (
-        (BACKEND, "actors.weights.worker.engine", "ZmqWeightTransferEngine"),
-        (NCCL_BACKEND, "actors.weights.push.engines", "CheckedNcclEngine"),
-        (IPC_BACKEND, "actors.weights.push.engines", "CheckedIpcEngine"),
+        (BACKEND, "actors.weights.worker.transfer_backend", "ZmqWeightTransferEngine"),
+        (NCCL_BACKEND, "actors.weights.push.vllm_backends", "CheckedNcclEngine"),
+        (IPC_BACKEND, "actors.weights.push.vllm_backends", "CheckedIpcEngine"),
     ):
         try:
             WeightTransferEngineFactory.register_engine(name, module, engine)

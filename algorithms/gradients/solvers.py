@@ -1,4 +1,4 @@
-"""The small problems behind combinations.py, over unit gradients: [K, K] cosines in, coefficients out. float64,
+"""The small problems behind gradient_weights.py, over unit gradients: [K, K] cosines in, coefficients out. float64,
 on the CPU, a handful of unknowns; every routine ends after a bounded number of iterations and never divides by zero.
 
 Unit gradients keep objectives whose norms differ by sixteen orders of magnitude apart from the arithmetic: norms enter

@@ -9,9 +9,9 @@ from typing import Any, get_origin
 
 import yaml
 
-from orchestrator.config import recipe_yaml
+from orchestrator.config import yaml_dialect
 from orchestrator.config.schema import Config, SFTConfig
-from orchestrator.config.settings import Schema, entry, general_key, is_output, section, settings, without_none
+from orchestrator.config.setting_list import Schema, entry, general_key, is_output, section, settings, without_none
 
 
 class OverrideError(Exception):
@@ -137,9 +137,9 @@ def _value(annotation: Any, key: str, raw: str) -> Any:
     if is_text and not raw.strip().startswith(('"', "'")) and raw.strip() not in ("", "null", "~"):
         return raw
     try:
-        value = recipe_yaml.load(raw)
+        value = yaml_dialect.load(raw)
     except yaml.YAMLError as error:
-        raise OverrideError(f"{key}={raw} is not YAML: {recipe_yaml.where(error)}") from None
+        raise OverrideError(f"{key}={raw} is not YAML: {yaml_dialect.where(error)}") from None
     return "" if value is None and annotation is str and not raw.strip() else value
 
 

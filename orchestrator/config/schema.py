@@ -1,4 +1,4 @@
-"""The one configuration: the rooms' settings put together. What must hold between them is in combinations.py."""
+"""The one configuration: the rooms' settings put together. What must hold between them is in cross_checks.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from actors.config import (
     WeightsConfig,
 )
 from algorithms.config import AlgorithmConfig
-from orchestrator.config import combinations
+from orchestrator.config import cross_checks
 from reward.config import RewardConfig
 from rollout.config import DatasetConfig, RolloutConfig, SamplingConfig
 
@@ -169,7 +169,7 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
-        if problems := combinations.problems(self):
+        if problems := cross_checks.problems(self):
             raise ImpossibleCombinationError(problems)
         return self
 
@@ -209,6 +209,6 @@ class SFTConfig(BaseModel):
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
-        if problems := combinations.sft_problems(self):
+        if problems := cross_checks.sft_problems(self):
             raise ImpossibleCombinationError(problems)
         return self

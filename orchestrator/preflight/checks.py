@@ -19,10 +19,10 @@ import psutil
 
 from actors.config import ModelConfig
 from orchestrator.checkpoints import Checkpoints, step_of
-from orchestrator.config.combinations import warnings
+from orchestrator.config.cross_checks import warnings
 from orchestrator.config.schema import Config, SFTConfig
 from orchestrator.preflight.model_folder import ModelFolder, inspect_model_folder
-from orchestrator.record.files import METRICS
+from orchestrator.record.run_record import METRICS
 from reward.registry import UnknownRewardError, get_reward_function
 from rollout.config import DatasetConfig
 from rollout.datasets import DatasetError, PromptSet, load_prompts

@@ -16,7 +16,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from orchestrator.record.files import read_evaluations, read_events, read_metrics, read_samples
+from orchestrator.record.run_record import read_evaluations, read_events, read_metrics, read_samples
 from orchestrator.report.plots import SERIES, draw_charts
 from orchestrator.report.summary import TIME_PARTS, is_verified, summarise
 from rollout.failures import FailureError

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.record.files import read_evaluations, read_events, read_metrics
+from orchestrator.record.run_record import read_evaluations, read_events, read_metrics
 from orchestrator.tracking.spool import SPOOL
 from rollout.failures import FailureError
 from rollout.ledger import Ledger

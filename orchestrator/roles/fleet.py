@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from actors.generator.handle import GeneratorHandle
     from actors.weights.canary import Canaries, CanaryReport
     from actors.weights.offer import WeightsOffer, WeightsReceipt
-    from actors.weights.push.outcomes import PushReport
     from actors.weights.push.port import GeneratorPort
+    from actors.weights.push.recipients import PushReport
 
     Push = Callable[[list[GeneratorPort]], Awaitable[PushReport]]
 

@@ -12,7 +12,7 @@ from rollout.failures import Failure, FailureError, FailureKind
 from rollout.samples import TrainingSample
 
 if TYPE_CHECKING:
-    from actors.reference import ReferencePool
+    from actors.reference_pool import ReferencePool
 
 MAX_RESTARTS = 3
 """Restarts of the reference before the run stops."""

@@ -15,11 +15,11 @@ from actors.calls import Share
 from orchestrator.checkpoints import CRITIC, POLICY, Checkpoints, RunState
 from orchestrator.cluster import ray_cluster
 from orchestrator.config.schema import Config, RoleResources
-from orchestrator.journal import Journal
 from orchestrator.roles.fleet import GeneratorFleet
 from orchestrator.roles.reference import Reference
-from orchestrator.roles.scorer import Scorer
+from orchestrator.roles.rewards import Scorer
 from orchestrator.step.rollouts import Rollouts
+from orchestrator.telemetry import Journal
 from rollout.cursor import PromptCursor
 from rollout.datasets import PromptSet, load_prompts
 from rollout.ledger import Ledger
@@ -28,7 +28,7 @@ from rollout.user_code import import_modules
 
 if TYPE_CHECKING:
     from actors.generator.handle import GeneratorHandle
-    from actors.reference import ReferencePool
+    from actors.reference_pool import ReferencePool
     from actors.reward.server import RewardHandle
     from actors.trainer.critic import CriticGroup
     from actors.trainer.policy import PolicyGroup
@@ -257,7 +257,7 @@ async def start_critic(config: Config, media_folder: Path) -> CriticGroup | None
 
 async def start_reference(config: Config, media_folder: Path) -> ReferencePool:
     """The reference servers."""
-    from actors.reference import ReferencePool, ReferenceSpec
+    from actors.reference_pool import ReferencePool, ReferenceSpec
 
     spec = ReferenceSpec(
         model=config.model,

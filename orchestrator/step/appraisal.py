@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from algorithms import choices
-from algorithms.combination import CombinationInputs, combine_rewards, component_means
 from algorithms.constraints import ConstrainedOptions, LagrangeMultipliers
 from algorithms.estimation import estimate_advantages, weigh_by_difficulty
 from algorithms.inputs import AdvantageInputs
 from algorithms.kl import kl_token_rewards
 from algorithms.registry import ADVANTAGE_ESTIMATORS, REWARD_COMBINATIONS, Need
+from algorithms.reward_combination import CombinationInputs, combine_rewards, component_means
 from algorithms.shaping import ShapingInputs, informative_groups, overlong_filter, shape_rewards
 from algorithms.values import lambda_returns
 from orchestrator.config.schema import Config

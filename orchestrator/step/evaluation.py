@@ -10,9 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from orchestrator.record.files import EvaluationResult, SampleRow, sample_rows
+from orchestrator.record.run_record import EvaluationResult, SampleRow, sample_rows
 from orchestrator.roles.fleet import NO_GENERATOR, GeneratorFleet
-from orchestrator.roles.scorer import Scorer
+from orchestrator.roles.rewards import Scorer
 from rollout.config import SamplingConfig
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.intervals import mean_interval

@@ -1,6 +1,6 @@
 """Keeps groups moving from admission to the trainer: draws prompts, generates, scores, accounts, hands out batches.
 
-What may be admitted and what makes a batch is decided in :mod:`rollout.scheduler`; what a group may do next in
+What may be admitted and what makes a batch is decided in :mod:`rollout.admission`; what a group may do next in
 :mod:`rollout.groups`. Here is the shell that carries messages between them, the fleet and the reward server.
 """
 
@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from orchestrator.roles.fleet import NO_GENERATOR, GeneratorFleet
-from orchestrator.roles.scorer import Scorer
+from orchestrator.roles.rewards import Scorer
+from rollout.admission import Scheduler
 from rollout.config import RolloutConfig, SamplingConfig
 from rollout.cursor import PromptCursor
 from rollout.failures import Failure, FailureError, FailureKind
@@ -31,7 +32,6 @@ from rollout.groups import (
 from rollout.ledger import Ledger, LedgerError
 from rollout.prompts import Prompt
 from rollout.samples import FinishReason, Generation, ScoredGroup
-from rollout.scheduler import Scheduler
 
 EQUAL_REWARDS = "equal_rewards"
 BUDGET_WINDOW = 200

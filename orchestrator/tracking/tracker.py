@@ -21,8 +21,8 @@ from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from orchestrator.config.schema import TrackingConfig
-from orchestrator.record.files import SampleRow
 from orchestrator.record.jsonl import set_aside
+from orchestrator.record.run_record import SampleRow
 from orchestrator.tracking.spool import SPOOL, SPOOL_FILES, Spool
 from rollout.media import MediaRef
 

@@ -105,7 +105,7 @@ def test_a_checkpoint_with_other_constraints_is_refused_naming_them() -> None:
     ],
 )
 def test_constraints_that_make_no_sense_are_refused(values: dict[str, object], reason: str) -> None:
-    import algorithms.combination  # noqa: F401  registers it
+    import algorithms.reward_combination  # noqa: F401  registers it
 
     with pytest.raises(RegistryError, match=reason):
         REWARD_COMBINATIONS.get("constrained").read_options(values)

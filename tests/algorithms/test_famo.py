@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithms.finite import NonFiniteError
-from algorithms.gradients.combinations import GradientInputs, gradient_weights
 from algorithms.gradients.famo import LOSS_FLOOR, FAMOOptions, FAMOState, famo_update, famo_weights
+from algorithms.gradients.gradient_weights import GradientInputs, gradient_weights
 
 
 def by_the_paper(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from algorithms.finite import NonFiniteError
-from algorithms.gradients.combinations import GradientInputs, combine, gradient_weights, gram_matrix
+from algorithms.gradients.gradient_weights import GradientInputs, combine, gradient_weights, gram_matrix
 
 SHAPES = ((3, 4), (5,), (), (0,), (2, 1, 3))
 
@@ -117,7 +117,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from algorithms.finite import NonFiniteError
-from algorithms.gradients.combinations import GradientInputs, combine, gradient_weights, gram_matrix
+from algorithms.gradients.gradient_weights import GradientInputs, combine, gradient_weights, gram_matrix
 
 rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60))

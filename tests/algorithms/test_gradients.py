@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from algorithms.finite import NonFiniteError
-from algorithms.gradients.combinations import (
+from algorithms.gradients.gradient_weights import (
     GradientInputs,
     gradient_weights,
     project_conflicts,

@@ -19,7 +19,7 @@ from algorithms.aggregation import Denominators
 from algorithms.config import AlgorithmConfig, CorrectionConfig
 from algorithms.estimation import estimate_advantages
 from algorithms.inputs import AdvantageInputs, BatchTokens
-from algorithms.objective import TokenBatch, objective
+from algorithms.policy_objective import TokenBatch, objective
 from algorithms.registry import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, Need, incompatibility
 from algorithms.values import lambda_returns, value_loss
 

@@ -13,7 +13,7 @@ from algorithms.aggregation import Denominators, count
 from algorithms.config import AlgorithmConfig, CorrectionConfig
 from algorithms.finite import NonFiniteError
 from algorithms.inputs import BatchTokens, LossInputs
-from algorithms.objective import TokenBatch, objective
+from algorithms.policy_objective import TokenBatch, objective
 from algorithms.registry import POLICY_LOSSES
 
 LOSSES = sorted(

@@ -17,7 +17,7 @@ from algorithms.losses_sequence import (
     mean_log_ratio,
     topr,
 )
-from algorithms.objective import TokenBatch, objective
+from algorithms.policy_objective import TokenBatch, objective
 
 WIDE = GspoOptions(low=0.5, high=3.0)
 

@@ -30,7 +30,7 @@ from algorithms import choices  # noqa: F401  registers the built-in methods
 from algorithms.aggregation import Denominators, count
 from algorithms.config import AlgorithmConfig, CorrectionConfig, KLConfig
 from algorithms.log_probs import statistics_of_logits
-from algorithms.objective import TokenBatch, objective
+from algorithms.policy_objective import TokenBatch, objective
 from algorithms.preferences.inputs import AnswerLogProbs, PreferenceInputs
 from algorithms.preferences.text import preference_outcome
 from algorithms.shaping import ShapingInputs, shape_rewards

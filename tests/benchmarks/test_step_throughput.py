@@ -16,7 +16,7 @@ import peer_trl
 import step_throughput
 from throughput_case import CASES, Case, write_case
 
-from orchestrator.config.recipe import load_config
+from orchestrator.config.loading import load_config
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)

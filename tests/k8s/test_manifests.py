@@ -19,7 +19,7 @@ import yaml
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.config.recipe import load_config
+from orchestrator.config.loading import load_config
 from orchestrator.config.schema import Config, SFTConfig
 from tests.k8s import kustomize
 from tests.k8s.rules import (

@@ -15,7 +15,7 @@ from actors.weights.canary import Canaries, CanaryReport, CanarySequence, compar
 from actors.weights.manifest import Part
 from actors.weights.offer import PartOffer, WeightsOffer, WeightsReceipt
 from orchestrator.roles.fleet import GeneratorFleet
-from orchestrator.roles.scorer import Scorer
+from orchestrator.roles.rewards import Scorer
 from rollout.config import SamplingConfig
 from rollout.datasets import PromptSet
 from rollout.failures import Failure, FailureError, FailureKind

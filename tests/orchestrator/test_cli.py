@@ -47,7 +47,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """What the commands hand over, recorded in place of engines; each call answers with an exit code of 0."""
     made: list[tuple[str, Any]] = []
-    module = ModuleType("orchestrator.run")
+    module = ModuleType("orchestrator.run_shell")
 
     def recorder(name: str) -> Any:
         def record(*arguments: Any, **named: Any) -> int:
@@ -58,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
     for name in ("train", "sft", "evaluate", "export"):
         setattr(module, name, recorder(name))
-    monkeypatch.setitem(sys.modules, "orchestrator.run", module)
+    monkeypatch.setitem(sys.modules, "orchestrator.run_shell", module)
     return made
 
 
@@ -135,7 +135,7 @@ def test_every_end_has_its_exit_code(
     def end(*_: Any, **__: Any) -> int:
         raise raised
 
-    sys.modules["orchestrator.run"].train = end  # type: ignore[attr-defined]
+    sys.modules["orchestrator.run_shell"].train = end  # type: ignore[attr-defined]
     result = run("train", recipe)
     assert result.exit_code == code
     assert message in result.stderr.splitlines()[-1]
@@ -143,7 +143,7 @@ def test_every_end_has_its_exit_code(
 
 
 def test_the_exit_code_of_a_run_that_failed_is_passed_on(recipe: str, calls: list[tuple[str, Any]]) -> None:
-    sys.modules["orchestrator.run"].train = lambda *_, **__: 1  # type: ignore[attr-defined]
+    sys.modules["orchestrator.run_shell"].train = lambda *_, **__: 1  # type: ignore[attr-defined]
     assert run("train", recipe).exit_code == 1
 
 

@@ -16,12 +16,12 @@ from rich.console import Console
 from algorithms.kl import make_kl_controller
 from orchestrator.checkpoints import Checkpoints, RunState, read_state
 from orchestrator.config.schema import Config
-from orchestrator.journal import Journal
 from orchestrator.loop import Training, uninterrupted
-from orchestrator.record.files import Record
 from orchestrator.record.progress import Progress
+from orchestrator.record.run_record import Record
 from orchestrator.step.appraisal import Appraiser
 from orchestrator.step.rollouts import Rollouts
+from orchestrator.telemetry import Journal
 from orchestrator.tracking.tracker import Tracker
 from rollout.cursor import PromptCursor
 from rollout.failures import Failure, FailureError, FailureKind

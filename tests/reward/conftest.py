@@ -11,8 +11,8 @@ import pytest
 import pytest_asyncio
 
 from reward.config import RewardComponentConfig, RewardConfig
+from reward.group_scoring import RewardWorkers
 from reward.registry import RewardRequest
-from reward.workers import RewardWorkers
 from rollout.prompts import Prompt
 
 FUNCTIONS = """

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GeneratorPort:
-    """One generator, as the trainer's rank 0 calls it; see :class:`actors.weights.push.outcomes.GeneratorPort`.
+    """One generator, as the trainer's rank 0 calls it; see :class:`actors.weights.push.recipients.GeneratorPort`.
 
     Attributes:
         name: of the generator.

@@ -26,18 +26,18 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 )
 from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
 
-from actors.weights.push.engines import CheckedNcclInitInfo
-from actors.weights.push.fingerprint import VersionPrint
+from actors.weights.push.device_digest import VersionPrint
+from actors.weights.push.device_tensors import Pass, PushSource
 from actors.weights.push.group import AbsentError, Deadline, MeetingPoint, PeerLostError
 from actors.weights.push.ipc_handles import to_plain
-from actors.weights.push.outcomes import (
+from actors.weights.push.recipients import (
     FleetClient,
     FleetError,
     GeneratorPort,
     PushReport,
     Shares,
 )
-from actors.weights.push.source import Pass, PushSource
+from actors.weights.push.vllm_backends import CheckedNcclInitInfo
 from actors.weights.source import DTYPES
 from actors.weights.tensors import SourceTensor
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from actors.weights.push.engines import CheckedNcclEngine, NotLoadedError
-from actors.weights.push.fingerprint import VersionPrint, fingerprint
-from actors.weights.push.source import PushSource
+from actors.weights.push.device_digest import VersionPrint, fingerprint
+from actors.weights.push.device_tensors import PushSource
+from actors.weights.push.vllm_backends import CheckedNcclEngine, NotLoadedError
 from actors.weights.tensors import SourceTensor
 from tests.actors.weights.push.push_peer import ToyModel, policy_tensors
 

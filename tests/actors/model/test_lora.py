@@ -36,7 +36,7 @@ from actors.model.lora import (
 )
 from actors.model.output_head import ReferenceOutputs
 from actors.model.reference_head import load_output_head
-from actors.reference import ReferenceServer, ReferenceSpec
+from actors.reference_pool import ReferenceServer, ReferenceSpec
 from actors.trainer.critic import CriticSpec
 from actors.trainer.policy import PolicySpec
 from actors.trainer.value_trainer import load_value_model

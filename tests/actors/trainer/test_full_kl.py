@@ -30,7 +30,7 @@ from actors.model.batches import ModelBatch, check_hidden_states, check_samples,
 from actors.model.forward import completion_hidden_states, completion_log_probs, load_model
 from actors.model.output_head import OutputHead, ReferenceOutputs, expected_transform
 from actors.model.reference_head import INDEX, SINGLE, load_output_head
-from actors.reference import ReferencePool, ReferenceSpec
+from actors.reference_pool import ReferencePool, ReferenceSpec
 from actors.trainer.policy import PolicyGroup, PolicySpec
 from algorithms.config import AlgorithmConfig, KLConfig
 from rollout.encoding import ExpandedPrompt

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.config.combinations import warnings
+from orchestrator.config.cross_checks import warnings
 from orchestrator.config.schema import Config, SFTConfig
-from orchestrator.config.settings import settings
+from orchestrator.config.setting_list import settings
 
 
 def tree(*changes: tuple[str, Any]) -> dict[str, Any]:

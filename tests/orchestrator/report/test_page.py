@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orchestrator.record.files import EvaluationResult, Record, SampleRow
+from orchestrator.record.run_record import EvaluationResult, Record, SampleRow
 from orchestrator.report.page import write_report
 from orchestrator.report.summary import rl_seconds, summarise
 from rollout.groups import GroupState, Transition

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from orchestrator.roles.fleet import GeneratorFleet
-from orchestrator.roles.scorer import MAX_RESTARTS, Scorer
+from orchestrator.roles.rewards import MAX_RESTARTS, Scorer
 from orchestrator.step.rollouts import EQUAL_REWARDS, MAX_EQUAL_BATCHES, Batch, Rollouts
 from rollout.config import RolloutConfig
 from rollout.cursor import PromptCursor

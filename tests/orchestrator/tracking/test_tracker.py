@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from orchestrator.config.schema import TrackingConfig
-from orchestrator.record.files import SampleRow
+from orchestrator.record.run_record import SampleRow
 from orchestrator.tracking.spool import Spool
 from orchestrator.tracking.tracker import Tracker, flatten, flush_spool, resolve_uri
 from rollout.media import MediaRef

@@ -46,7 +46,7 @@ class Worker:
     """What vLLM's worker does around its engine, as far as it matters here."""
 
     def __init__(self, rank: int, workers: int) -> None:
-        from actors.weights.push.engines import CheckedNcclEngine
+        from actors.weights.push.vllm_backends import CheckedNcclEngine
 
         self.model = ToyModel()
         parallel = SimpleNamespace(

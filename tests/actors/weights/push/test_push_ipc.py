@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from actors.weights.push.engines import CheckedIpcEngine, Intake, NotLoadedError
-from actors.weights.push.fingerprint import VersionPrint
+from actors.weights.push.device_digest import VersionPrint
+from actors.weights.push.device_tensors import PushSource
 from actors.weights.push.group import Deadline
 from actors.weights.push.ipc_handles import HandleError, from_plain, to_plain
-from actors.weights.push.outcomes import FleetClient, FleetError, Shares, Standing
+from actors.weights.push.recipients import FleetClient, FleetError, Shares, Standing
 from actors.weights.push.sender import CheckedIpcTrainer, DeviceSender, PushSettings
-from actors.weights.push.source import PushSource
+from actors.weights.push.vllm_backends import CheckedIpcEngine, Intake, NotLoadedError
 from tests.actors.weights.push.push_peer import ToyModel, policy_tensors
 
 CPU = torch.device("cpu")

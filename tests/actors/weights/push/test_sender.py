@@ -24,7 +24,7 @@ from actors.config import GeneratorConfig
 from actors.generator.vllm_engine import end_processes, engine_environment, engine_processes
 from actors.weights.manifest import ALIGNMENT, Manifest, Part, bucket_count, plan_layout
 from actors.weights.plugin import IPC_BACKEND, NCCL_BACKEND
-from actors.weights.push.outcomes import PushReport, Standing
+from actors.weights.push.recipients import PushReport, Standing
 from actors.weights.push.sender import DeviceSender, PushSettings
 from actors.weights.source import module_tensors
 from actors.weights.tensors import SourceTensor

@@ -1,7 +1,7 @@
 """The worker process: imports the user's modules once, then scores calls until its server closes the connection.
 
-Started by ``reward.workers`` as ``python -m reward.worker <descriptor>``; it talks over an inherited socket, whose
-other end only its parent holds. Light on imports: no torch, no Ray, unless the user's modules bring them.
+Started by ``reward.worker_pool`` as ``python -m reward.worker_main <descriptor>``; it talks over an inherited socket,
+whose other end only its parent holds. Light on imports: no torch, no Ray, unless the user's modules bring them.
 """
 
 from __future__ import annotations
@@ -145,6 +145,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from reward.worker import main as run  # so that messages unpickle to these classes, not to __main__'s
+    from reward.worker_main import main as run  # so that messages unpickle to these classes, not to __main__'s
 
     run()

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from actors.config import WeightsConfig
-from orchestrator.step.mismatch import CANARY_TOKENS, alarm, compare
+from orchestrator.step.agreement_check import CANARY_TOKENS, alarm, compare
 from rollout.config import SamplingConfig
 from rollout.failures import Failure, FailureError, FailureKind
 from tests.orchestrator.stand_ins import Events, Policy, fleet_of, offer, prompt

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import recipe_yaml
-from orchestrator.config.recipe import ConfigError, load_config, save_config
+from orchestrator.config import yaml_dialect
+from orchestrator.config.loading import ConfigError, load_config, save_config
 from orchestrator.config.schema import Config, SFTConfig
 
 GOOD = """
@@ -248,7 +248,7 @@ def test_a_saved_configuration_loads_back_equal(recipe: Path, tmp_path: Path, mo
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists))
 def test_whatever_is_dumped_loads_back_equal(value: object) -> None:
-    assert recipe_yaml.load(recipe_yaml.dump(value)) == value
+    assert yaml_dialect.load(yaml_dialect.dump(value)) == value
 
 
 def test_a_refusal_by_a_section_itself_reads_like_the_others(recipe: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from ray.exceptions import RayActorError
 
-from actors.weights.push.fingerprint import VersionPrint
+from actors.weights.push.device_digest import VersionPrint
 from actors.weights.push.group import PEER_LOST, UNTOUCHED, Deadline
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.record.files import (
+from orchestrator.record.jsonl import read_lines
+from orchestrator.record.run_record import (
     EvaluationResult,
     Record,
     SampleRow,
@@ -22,7 +23,6 @@ from orchestrator.record.files import (
     read_samples,
     sample_rows,
 )
-from orchestrator.record.jsonl import read_lines
 from rollout.media import MediaRef
 from rollout.prompts import MediaPart, Message, Prompt, TextPart
 from rollout.samples import Completion, FinishReason, Generation, Score, ScoredGroup

@@ -19,9 +19,18 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.config import overrides as command_line
-from orchestrator.config import recipe_yaml
+from orchestrator.config import yaml_dialect
 from orchestrator.config.schema import Config, ImpossibleCombinationError
-from orchestrator.config.settings import Schema, Setting, entry, general_key, is_output, section, settings, without_none
+from orchestrator.config.setting_list import (
+    Schema,
+    Setting,
+    entry,
+    general_key,
+    is_output,
+    section,
+    settings,
+    without_none,
+)
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -74,7 +83,7 @@ def save_config(config: BaseModel, path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(recipe_yaml.dump(config.model_dump(mode="json")), encoding="utf-8")
+    temporary.write_text(yaml_dialect.dump(config.model_dump(mode="json")), encoding="utf-8")
     temporary.replace(path)
 
 
@@ -85,7 +94,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ConfigError: there is no such file, or it isn't a YAML mapping.
     """
     try:
-        tree = recipe_yaml.load(path.read_text(encoding="utf-8"))
+        tree = yaml_dialect.load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError([f"{path}: there is no such recipe.{_near_files(path)}"]) from None
     except IsADirectoryError:
@@ -95,7 +104,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError([f"{path}: can't be read: {error.strerror}."]) from None
     except yaml.YAMLError as error:
-        raise ConfigError([f"{path}: {recipe_yaml.where(error)}"]) from None
+        raise ConfigError([f"{path}: {yaml_dialect.where(error)}"]) from None
     except RecursionError:
         raise ConfigError([f"{path}: is nested too deeply to be a recipe."]) from None
     if tree is None:
@@ -263,6 +272,6 @@ def _leaves(tree: Any, prefix: str, depth: int = 0) -> Iterable[tuple[str, Any]]
 
 def _shown(value: Any) -> str:
     """A value as the recipe would hold it: text in quotes only where it would be read as something else without."""
-    plain = isinstance(value, str) and recipe_yaml.is_plain(value)
+    plain = isinstance(value, str) and yaml_dialect.is_plain(value)
     text = value if plain else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -17,7 +17,7 @@ from algorithms.config import AlgorithmConfig
 from algorithms.finite import NonFiniteError
 from algorithms.inputs import BatchTokens, LossInputs, TokenLoss
 from algorithms.kl import kl_estimator
-from algorithms.objective import Denominators, ObjectiveMetrics, TokenBatch, finish_metrics, objective
+from algorithms.policy_objective import Denominators, ObjectiveMetrics, TokenBatch, finish_metrics, objective
 from algorithms.registry import KL_ESTIMATORS, POLICY_LOSSES, Options, RegistryError, policy_loss
 
 LOSSES = ("clip", "reinforce", "nll")

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.checkpoints import POLICY, CheckpointError, Checkpoints, RunState, read_state, step_of
 from orchestrator.cluster import ray_cluster
-from orchestrator.config.recipe import load_config, save_config
+from orchestrator.config.loading import load_config, save_config
 from orchestrator.config.schema import Config, SFTConfig
-from orchestrator.journal import Journal
-from orchestrator.record.files import Record
 from orchestrator.record.progress import Progress
+from orchestrator.record.run_record import Record
 from orchestrator.roles.start import CANARIES, load_data, start_policy, start_training, start_voices
 from orchestrator.step.evaluation import evaluate as evaluate_prompts
 from orchestrator.step.publish import proof_prompts, publish
+from orchestrator.telemetry import Journal
 from orchestrator.tracking.tracker import RunStatus, Tracker
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.media import MediaStore

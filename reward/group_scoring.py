@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from reward.config import RewardComponentConfig, RewardConfig
-from reward.processes import Reply, WorkerPool
 from reward.registry import RewardRequest
 from reward.scoring import Parts, combine, component_labels
-from reward.worker import Call, Check
+from reward.worker_main import Call, Check
+from reward.worker_pool import Reply, WorkerPool
 from rollout.failures import Failure, FailureKind
 from rollout.prompts import Prompt
 from rollout.samples import Completion, Score

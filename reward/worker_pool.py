@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from reward.scoring import TRACEBACK_LINES, user_failure
-from reward.worker import Call, Check, Outcome, SetUp
+from reward.worker_main import Call, Check, Outcome, SetUp
 from rollout.failures import Failure, FailureKind
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class _Worker:
         descriptors = (theirs.fileno(), self._stack.fileno())
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "reward.worker", *map(str, descriptors)],
+                [sys.executable, "-P", "-m", "reward.worker_main", *map(str, descriptors)],
                 pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,

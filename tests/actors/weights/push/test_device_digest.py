@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from actors.weights.push.fingerprint import BLOCK_WORDS, VersionPrint, as_integers, digest_of, fingerprint, lanes
+from actors.weights.push.device_digest import BLOCK_WORDS, VersionPrint, as_integers, digest_of, fingerprint, lanes
 
 DTYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 MASK = (1 << 64) - 1

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.config.schema import TrackingConfig
-from orchestrator.record.files import Record, SampleRow
 from orchestrator.record.progress import Progress
+from orchestrator.record.run_record import Record, SampleRow
 from orchestrator.step.evaluation import Evaluation
 from orchestrator.tracking.tracker import MediaPaths, Tracker
 

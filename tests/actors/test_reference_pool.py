@@ -13,7 +13,7 @@ import ray
 import torch
 
 from actors.config import DeadlineConfig, ModelConfig, ReferenceConfig
-from actors.reference import ReferencePool, ReferenceServer, ReferenceSpec
+from actors.reference_pool import ReferencePool, ReferenceServer, ReferenceSpec
 from algorithms.finite import NonFiniteError
 from rollout.failures import FailureError, FailureKind
 from tests.actors.trainer.plain_update import PlainTrainer

@@ -33,11 +33,11 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-from actors.weights.push.fingerprint import VersionPrint, as_integers, lanes
+from actors.weights.push.device_digest import VersionPrint, as_integers, lanes
 from actors.weights.push.group import STALE, UNTOUCHED, Meeting, TransferGroup, join_group
 from actors.weights.push.ipc_handles import from_plain
 from actors.weights.source import DTYPES
-from actors.weights.worker.engine import ZmqWeightTransferEngine, refresh_tied_heads
+from actors.weights.worker.transfer_backend import ZmqWeightTransferEngine, refresh_tied_heads
 
 NAMED_IN_ERRORS = 5
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from algorithms.combination import CombinationInputs, combine_rewards, component_means
 from algorithms.constraints import ConstrainedOptions, LagrangeMultipliers
 from algorithms.finite import NonFiniteError
 from algorithms.registry import REWARD_COMBINATIONS, RegistryError
+from algorithms.reward_combination import CombinationInputs, combine_rewards, component_means
 
 Rows = list[list[float | None]]
 NAMES = ("correct", "format", "style")

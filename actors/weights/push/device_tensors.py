@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-from actors.weights.push.fingerprint import VersionPrint, as_integers, lanes
+from actors.weights.push.device_digest import VersionPrint, as_integers, lanes
 from actors.weights.source import DTYPES, gathered
 from actors.weights.tensors import SourceTensor
 

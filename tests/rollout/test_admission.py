@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from rollout.admission import Scheduler
 from rollout.failures import FailureError
 from rollout.groups import (
     Admit,
@@ -22,7 +23,6 @@ from rollout.groups import (
     GroupState,
     StartGeneration,
 )
-from rollout.scheduler import Scheduler
 
 
 def group(number: int, served_version: int, *, ready: bool = True) -> Group:

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from reward.config import RewardComponentConfig, RewardConfig
-from reward.workers import RewardWorkers
+from reward.group_scoring import RewardWorkers
 from rollout.failures import Failure, FailureKind
 from rollout.media import MediaStore
 from rollout.prompts import MediaPart, Message, Prompt, TextPart
@@ -190,11 +190,11 @@ async def test_stopping_ends_the_workers_and_fails_what_is_in_flight(workers: St
     results = await asyncio.gather(*flying)
     assert {r.reason for r in results if isinstance(r, Failure)} == {"reward_server_stopped"}
     assert len(results) == 3
-    assert not [c for c in children if c.is_running() and "reward.worker" in " ".join(c.cmdline())]
+    assert not [c for c in children if c.is_running() and "reward.worker_main" in " ".join(c.cmdline())]
 
 
 def test_a_worker_imports_no_heavy_library() -> None:
-    code = "import sys, reward.worker; print(*{'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules))"
+    code = "import sys, reward.worker_main; print(*{'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert found.stdout.strip() == ""
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from actors.trainer.deepspeed_engine import open_store
-from actors.weights.push.outcomes import PushReport, Standing
+from actors.weights.push.recipients import PushReport, Standing
 from actors.weights.push.sender import DeviceSender, PushSettings
 from actors.weights.tensors import SourceTensor
 from tests.actors.weights.push.push_peer import SHAPES, PeerPort, die, policy_tensors
