@@ -18,7 +18,7 @@ SETTLE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Share:
+class ActorResources:
     """What one actor asks Ray for.
 
     Attributes:

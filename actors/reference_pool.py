@@ -12,7 +12,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from actors.calls import Share, gather
+from actors.calls import ActorResources, gather
 from actors.config import DeadlineConfig, ModelConfig, ReferenceConfig
 from rollout.balance import micro_batches, row_lengths, rows_of_prompts, split_over_ranks
 from rollout.samples import TrainingSample
@@ -164,15 +164,15 @@ class ReferencePool:
         self.actors = tuple(actors)
 
     @classmethod
-    async def start(cls, spec: ReferenceSpec, share: Share | None = None) -> ReferencePool:
+    async def start(cls, spec: ReferenceSpec, resources: ActorResources | None = None) -> ReferencePool:
         """Start all replicas and wait until their models are loaded. Ray must be initialised.
 
         Args:
-            share: what each replica asks Ray for; with a GPU, it runs there.
+            resources: what each replica asks Ray for; with a GPU, it runs there.
         """
-        share = share or Share()
-        device = "cuda" if share.num_gpus > 0 else "cpu"
-        server: Any = ray.remote(ReferenceServer).options(**share.options(spec.config.threads))
+        resources = resources or ActorResources()
+        device = "cuda" if resources.num_gpus > 0 else "cpu"
+        server: Any = ray.remote(ReferenceServer).options(**resources.options(spec.config.threads))
         pool = cls(spec, [server.remote(spec, device) for _ in range(spec.config.replicas)])
         try:
             calls = {f"replica {index}": actor.ready.remote() for index, actor in enumerate(pool.actors)}

@@ -20,7 +20,7 @@ from algorithms.kl import kl_estimate
 from algorithms.losses import ratio_of
 from algorithms.registry import KL_ESTIMATORS, POLICY_LOSSES, PolicyLoss
 
-__all__ = ["Denominators", "ObjectiveMetrics", "TokenBatch", "finish_metrics", "objective"]
+__all__ = ["Denominators", "ObjectiveMetrics", "TokenBatch", "finish_metrics", "policy_objective"]
 
 UNCORRECTED = CorrectionConfig(method="none")
 """For losses that weigh by the behaviour policy themselves, and for those that learn from no rollouts."""
@@ -61,7 +61,7 @@ class ObjectiveMetrics:
     maxima: dict[str, Tensor]
 
 
-def objective(
+def policy_objective(
     log_probs: Tensor,
     entropy: Tensor | None,
     batch: TokenBatch,

@@ -245,7 +245,7 @@ class DemoRun:
         prompts = proof_prompts(list(demo.digits_sum(MediaStore(media), "train", pairs=8)), WeightsConfig().canaries)
         samples = make_samples(folder / "model", media, 8)
         found = []
-        async with _voices(folder, versions) as (policy, fleet):
+        async with _roles(folder, versions) as (policy, fleet):
             for version in range(1 + WARMUP + versions):
                 if version:
                     await policy.update(samples, kl_coefficient=0.0)
@@ -262,7 +262,7 @@ class DemoRun:
 
 
 @contextlib.asynccontextmanager
-async def _voices(folder: Path, versions: int) -> AsyncIterator[tuple[Any, Any]]:
+async def _roles(folder: Path, versions: int) -> AsyncIterator[tuple[Any, Any]]:
     """The trainer and the fleet of one generator, over Ray, as a run starts them."""
     from actors.generator.generator import GeneratorSpec
     from actors.generator.handle import GeneratorHandle

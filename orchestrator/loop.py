@@ -22,7 +22,7 @@ from orchestrator.config.schema import Config
 from orchestrator.record.run_record import sample_rows
 from orchestrator.roles.fleet import GeneratorFleet
 from orchestrator.roles.reference import Reference
-from orchestrator.roles.rewards import Scorer
+from orchestrator.roles.rewards import Rewards
 from orchestrator.step.agreement_check import alarm, compare
 from orchestrator.step.appraisal import (
     Appraisal,
@@ -38,7 +38,7 @@ from orchestrator.step.evaluation import evaluate
 from orchestrator.step.publish import proof_prompts, publish
 from orchestrator.step.rollouts import Batch, Rollouts, dropped_metrics
 from orchestrator.step.stopwatch import Stopwatch
-from orchestrator.telemetry import Journal
+from orchestrator.telemetry import Telemetry
 from rollout.cursor import PromptCursor
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.prompts import Prompt
@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 @dataclass
 class Training:
-    """One run: its voices, where it stands, and what it tells.
+    """One run: its roles, where it stands, and what it tells.
 
     Attributes:
         config: the resolved recipe.
@@ -63,14 +63,14 @@ class Training:
         controller: the KL's weight.
         appraiser: makes advantages of rewards.
         state: what a checkpoint keeps.
-        checkpoints, journal: where the run is kept and told.
+        checkpoints, telemetry: where the run is kept and told.
     """
 
     config: Config
     policy: PolicyGroup
     fleet: GeneratorFleet
     reference: Reference | None
-    scorer: Scorer
+    scorer: Rewards
     critic: CriticGroup | None
     rollouts: Rollouts
     cursor: PromptCursor
@@ -80,7 +80,7 @@ class Training:
     appraiser: Appraiser
     state: RunState
     checkpoints: Checkpoints
-    journal: Journal
+    telemetry: Telemetry
     canary: asyncio.Task[dict[str, float]] | None = field(default=None, init=False)
     is_whole: bool = field(default=True, init=False)
     """Whether the trainer is at the state's version: False from the start of an update until it has succeeded."""
@@ -130,7 +130,7 @@ class Training:
         if self.state.version > 0 and is_wanted and not self.checkpoints.holds(self.state.version):
             with watch("checkpoint"):
                 await uninterrupted(self.checkpoint())
-        self.journal.more(self.state.version, watch.named())
+        self.telemetry.more(self.state.version, watch.named())
 
     async def appraise(self, batch: Batch) -> Appraisal:
         """The batch as training samples with advantages, from the passes that the recipe's methods need."""
@@ -188,7 +188,7 @@ class Training:
         except FailureError as error:
             if error.failure.kind is not FailureKind.INFRASTRUCTURE:
                 raise
-            self.journal.event("no_canary", version=self.state.version, why=str(error))
+            self.telemetry.event("no_canary", version=self.state.version, why=str(error))
             return {}
 
     def check_agreement(self, metrics: dict[str, float]) -> None:
@@ -202,7 +202,7 @@ class Training:
             metrics |= {f"rollout/{n}": metrics[f"train/{n}"] for n in names if f"train/{n}" in metrics}
         said = alarm(metrics, self.config.weights)
         if said is not None:
-            self.journal.event("alarm", version=self.state.version - 1, why=said)
+            self.telemetry.event("alarm", version=self.state.version - 1, why=said)
             if self.config.weights.on_alarm == "stop":
                 raise FailureError(Failure(FailureKind.BUG, "mismatch_alarm", said))
 
@@ -213,8 +213,8 @@ class Training:
         metrics["rollout/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
         metrics["rollout/completions_per_s"] = metrics["rollout/completions"] / metrics["time/step_s"]
         self.state.rl_seconds += metrics["time/step_s"]
-        self.journal.step(step, metrics)
-        if self.journal.wants_samples(step):
+        self.telemetry.step(step, metrics)
+        if self.telemetry.wants_samples(step):
             size = self.config.rollout.group_size
             by_sample = [float(s.advantages[0]) if len(s.advantages) else 0.0 for s in samples]
             rows = [
@@ -222,7 +222,7 @@ class Training:
                 for index, group in enumerate(batch.groups)
                 for row in sample_rows(group, by_sample[index * size : (index + 1) * size])[:2]
             ]
-            self.journal.samples(step, rows[: self.config.tracking.samples])
+            self.telemetry.samples(step, rows[: self.config.tracking.samples])
 
     async def evaluate(self) -> None:
         """Evaluate the current version on held-out prompts, in every mode of the recipe."""
@@ -243,13 +243,13 @@ class Training:
                 seed=self.config.run.seed,
                 shown=self.config.tracking.samples,
             )
-            self.journal.evaluation(found)
+            self.telemetry.evaluation(found)
             metrics = found.metrics()
             shown |= metrics
             value = metrics.get(self.config.checkpoint.metric)
             if value is not None and (self.state.best is None or value > self.state.best.value):
                 self.state.best = BestMetric(value=value, step=version)
-        self.journal.progress.evaluation(version, shown)
+        self.telemetry.progress.evaluation(version, shown)
 
     async def stop(self) -> None:
         """Stop generation; what is open is dropped from the account as such."""
@@ -263,10 +263,10 @@ class Training:
         self.state.cursor = self.cursor.state(self.rollouts.open_prompts)
         self.state.kl_controller = self.controller.state()
         self.state.multipliers = self.appraiser.state()
-        self.state.mlflow_run_id = self.journal.tracker.run_id
+        self.state.mlflow_run_id = self.telemetry.tracker.run_id
         save_critic = None if self.critic is None else self.critic.save
         path = await self.checkpoints.write(self.state, self.policy.save, save_critic)
-        self.journal.event("checkpoint", step=self.state.version, path=str(path))
+        self.telemetry.event("checkpoint", step=self.state.version, path=str(path))
 
 
 async def uninterrupted(act: Coroutine[Any, Any, T]) -> T:

@@ -1,4 +1,4 @@
-"""A run from start to end: opens the run folder, starts the voices, trains, and leaves everything in order.
+"""A run from start to end: opens the run folder, starts the roles, trains, and leaves everything in order.
 
 The functions named like the commands (`train`, `sft`, `evaluate`, `export`) return the command's exit code: 0 for done,
 1 for a run that failed with a verdict, 130 for one that was stopped by Ctrl-C.
@@ -21,10 +21,10 @@ from orchestrator.config.loading import load_config, save_config
 from orchestrator.config.schema import Config, SFTConfig
 from orchestrator.record.progress import Progress
 from orchestrator.record.run_record import Record
-from orchestrator.roles.start import CANARIES, load_data, start_policy, start_training, start_voices
+from orchestrator.roles.start import CANARIES, load_data, start_policy, start_roles, start_training
 from orchestrator.step.evaluation import evaluate as evaluate_prompts
 from orchestrator.step.publish import proof_prompts, publish
-from orchestrator.telemetry import Journal
+from orchestrator.telemetry import Telemetry
 from orchestrator.tracking.tracker import RunStatus, Tracker
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.media import MediaStore
@@ -87,10 +87,10 @@ async def _train(config: Config, *, resume: bool) -> int:
     checkpoints = Checkpoints(config.run.folder, keep=config.checkpoint.keep)
     checkpoint = checkpoints.latest() if resume else None
     state = read_state(checkpoint) if checkpoint else RunState()
-    with open_journal(config, state, is_resumed=resume) as journal:
+    with open_telemetry(config, state, is_resumed=resume) as telemetry:
         outcome, verdict = FAILED, "failed"
         try:
-            async with start_training(config, state, checkpoints, journal, checkpoint) as training:
+            async with start_training(config, state, checkpoints, telemetry, checkpoint) as training:
                 await _to_the_end(training)
             outcome, verdict = DONE, "done"
         except FailureError as error:
@@ -101,38 +101,38 @@ async def _train(config: Config, *, resume: bool) -> int:
             verdict = f"stopped at version {state.version} by a defect: {type(error).__name__}: {error}"
             raise
         finally:
-            await asyncio.to_thread(finish_records, config, journal, state, outcome, verdict)
+            await asyncio.to_thread(finish_records, config, telemetry, state, outcome, verdict)
     return outcome
 
 
 async def _to_the_end(training: Training) -> None:
     """Train; whatever ends it, leave a whole checkpoint of the last whole step."""
-    config, journal, state = training.config, training.journal, training.state
+    config, telemetry, state = training.config, training.telemetry, training.state
     try:
         await training.train()
     except (Exception, asyncio.CancelledError) as error:
-        journal.record.event("stopped", step=state.version, why=str(error) or "interrupted")
+        telemetry.record.event("stopped", step=state.version, why=str(error) or "interrupted")
         await _last_checkpoint(training)
         raise
     if config.checkpoint.export:
-        journal.progress.phase("exporting the policy")
+        telemetry.progress.phase("exporting the policy")
         await training.policy.export(config.run.folder / "export")
 
 
 async def _last_checkpoint(training: Training) -> None:
     """Write one if the trainer can; it may be what was lost, and then the last checkpoint stands."""
     if not training.is_whole:
-        training.journal.event("no_last_checkpoint", why="the policy was cut in the middle of an update")
+        training.telemetry.event("no_last_checkpoint", why="the policy was cut in the middle of an update")
         return
     try:
         async with asyncio.timeout(training.config.deadlines.stop_s + CHECKPOINT_S):
             await training.checkpoint()
     except (FailureError, TimeoutError) as error:
-        training.journal.event("no_last_checkpoint", why=str(error) or "the trainer took too long to save")
+        training.telemetry.event("no_last_checkpoint", why=str(error) or "the trainer took too long to save")
 
 
 @contextlib.contextmanager
-def open_journal(config: Config, state: RunState, *, is_resumed: bool) -> Iterator[Journal]:
+def open_telemetry(config: Config, state: RunState, *, is_resumed: bool) -> Iterator[Telemetry]:
     """Record, MLflow and terminal of a run, closed at the end whatever happens.
 
     Raises:
@@ -158,15 +158,15 @@ def open_journal(config: Config, state: RunState, *, is_resumed: bool) -> Iterat
         if not is_resumed:
             record.event("started", step=state.version, seed=config.run.seed)
         tracker.artifact(folder / "config.yaml")
-        yield Journal(config.tracking, record, tracker, progress, MediaStore(folder / "media"))
+        yield Telemetry(config.tracking, record, tracker, progress, MediaStore(folder / "media"))
 
 
-def finish_records(config: Config, journal: Journal, state: RunState, outcome: int, verdict: str) -> None:
+def finish_records(config: Config, telemetry: Telemetry, state: RunState, outcome: int, verdict: str) -> None:
     """Close the account of a run: the last event, the report, MLflow's status, and the last words on the terminal."""
     from orchestrator.report.page import write_report
 
     folder = config.run.folder
-    journal.event("finished", status=STATUS[outcome], step=state.version, verdict=verdict)
+    telemetry.event("finished", status=STATUS[outcome], step=state.version, verdict=verdict)
     words = {"verdict": verdict}
     try:
         report = write_report(folder)
@@ -175,11 +175,11 @@ def finish_records(config: Config, journal: Journal, state: RunState, outcome: i
         words["report"] = f"can't be written ({error}); make it later with: counterpoint report {folder}"
     for path in (folder / "report.html", folder / "summary.json", folder / "plots"):
         if path.exists():
-            journal.tracker.artifact(path)
-    status = journal.tracker.finish(STATUS[outcome])
+            telemetry.tracker.artifact(path)
+    status = telemetry.tracker.finish(STATUS[outcome])
     if status.run_id is not None:
         words["MLflow run"] = status.run_id
-    journal.progress.finish(words)
+    telemetry.progress.finish(words)
 
 
 def last_words(summary: dict[str, Any], report: Path) -> dict[str, str]:
@@ -217,18 +217,18 @@ async def _evaluate(config: Config, checkpoint: Path | None) -> int:
     log = logging.getLogger("counterpoint.evaluate")
     async with (
         ray_cluster(config.cluster, config.deadlines),
-        start_voices(config, media.folder, lambda kind, **facts: log.warning("%s %s", kind, facts)) as voices,
+        start_roles(config, media.folder, lambda kind, **facts: log.warning("%s %s", kind, facts)) as roles,
     ):
         version = 0
         if checkpoint is not None:
-            await voices.policy.load(checkpoint / POLICY)
+            await roles.policy.load(checkpoint / POLICY)
             version = step_of(checkpoint)
         prompts = proof_prompts(data.train.prompts[:CANARIES], config.weights.canaries)
-        await publish(voices.policy, voices.fleet, version, prompts)
+        await publish(roles.policy, roles.fleet, version, prompts)
         for mode in config.evaluation.modes:
             found = await evaluate_prompts(
-                voices.fleet,
-                voices.scorer,
+                roles.fleet,
+                roles.scorer,
                 data.held_out.prompts,
                 config.evaluation.sampling,
                 mode,

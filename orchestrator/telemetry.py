@@ -20,7 +20,7 @@ NOTE_CHARACTERS = 300
 
 
 @dataclass
-class Journal:
+class Telemetry:
     """Record, tracker and progress of one run.
 
     Attributes:

@@ -12,7 +12,7 @@ from typing import Any
 
 from reward.config import RewardComponentConfig, RewardConfig
 from reward.registry import RewardRequest
-from reward.scoring import Parts, combine, component_labels
+from reward.scoring import ComponentValues, combine, component_labels
 from reward.worker_main import Call, Check
 from reward.worker_pool import Reply, WorkerPool
 from rollout.failures import Failure, FailureKind
@@ -43,7 +43,7 @@ class RewardCounters:
     seconds: float = 0.0
 
 
-class RewardWorkers:
+class GroupScorer:
     """Scores groups. Use it from one event loop; functions run in ``config.workers`` processes apart from it."""
 
     def __init__(self, config: RewardConfig, media_folder: Path, *, start_s: float = 60.0) -> None:
@@ -104,7 +104,7 @@ class RewardWorkers:
         by_component = await asyncio.gather(
             *[self._component(*pair, requests) for pair in zip(self._labels, self._config.components, strict=True)]
         )
-        columns: list[list[Parts]] = []
+        columns: list[list[ComponentValues]] = []
         for parts in by_component:
             if isinstance(parts, Failure):
                 return parts
@@ -119,9 +119,9 @@ class RewardWorkers:
 
     async def _component(
         self, label: str, component: RewardComponentConfig, requests: Sequence[RewardRequest]
-    ) -> list[Parts] | Failure:
+    ) -> list[ComponentValues] | Failure:
         """One function's values for the group. Only completions that failed are tried again, unless it takes groups."""
-        values: dict[int, Parts] = {}
+        values: dict[int, ComponentValues] = {}
         failure: Failure | None = None
         for attempt in range(self._config.max_attempts):
             pending = [i for i in range(len(requests)) if i not in values]
@@ -136,7 +136,7 @@ class RewardWorkers:
                 return failure
         return failure if failure is not None else [values[i] for i in range(len(requests))]
 
-    def _take(self, reply: Reply, pending: Sequence[int], values: dict[int, Parts]) -> Failure | None:
+    def _take(self, reply: Reply, pending: Sequence[int], values: dict[int, ComponentValues]) -> Failure | None:
         """Note the reply's values under their index; its first failure."""
         self._seconds += reply.seconds
         failures = [outcome for outcome in reply.outcomes if isinstance(outcome, Failure)]

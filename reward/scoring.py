@@ -21,7 +21,7 @@ from reward.config import RewardComponentConfig
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.samples import Score
 
-Parts = dict[str, float]
+ComponentValues = dict[str, float]
 """What one function gave one completion: {"function": value}, or {"function/key": value, ...} for a dict."""
 
 TRACEBACK_LINES = 20
@@ -57,7 +57,7 @@ def raised(label: str, prompt_id: str, error: BaseException) -> Failure:
     return user_failure("reward_raised", label, prompt_id, f"raised {kind}.\n" + "\n".join(lines))
 
 
-def read_value(label: str, prompt_id: str, value: Any) -> Parts | Failure:
+def read_value(label: str, prompt_id: str, value: Any) -> ComponentValues | Failure:
     """One completion's value: a real, finite number, or a dict of them.
 
     True and False are 1 and 0. None, text, NaN, an infinity, a tensor, an empty dict and a key that isn't text are
@@ -68,7 +68,7 @@ def read_value(label: str, prompt_id: str, value: Any) -> Parts | Failure:
         return number if isinstance(number, Failure) else {label: number}
     if not value:
         return user_failure("reward_missing", label, prompt_id, "returned an empty dict; give at least one value")
-    parts: Parts = {}
+    parts: ComponentValues = {}
     for key, inner in value.items():
         if not isinstance(key, str) or not key:
             problem = f"returned a dict with the key {bounded_repr(key)}; keys are non-empty text"
@@ -80,7 +80,7 @@ def read_value(label: str, prompt_id: str, value: Any) -> Parts | Failure:
     return parts
 
 
-def read_values(label: str, prompt_id: str, values: Any, count: int) -> list[Parts | Failure]:
+def read_values(label: str, prompt_id: str, values: Any, count: int) -> list[ComponentValues | Failure]:
     """The values of a group's ``count`` completions, out of what a function for the whole group returned."""
     if isinstance(values, np.ndarray):
         values = values.tolist()
@@ -95,7 +95,7 @@ def read_values(label: str, prompt_id: str, values: Any, count: int) -> list[Par
 
 
 def combine(
-    components: Sequence[RewardComponentConfig], parts: Sequence[Parts | Failure], prompt_id: str
+    components: Sequence[RewardComponentConfig], parts: Sequence[ComponentValues | Failure], prompt_id: str
 ) -> Score | Failure:
     """The weighted sum of the components of one completion; the first failure among them, if there is one.
 
@@ -104,7 +104,7 @@ def combine(
         parts: [components] what each gave; a dict's entries are summed before the weight.
     """
     value = 0.0
-    merged: Parts = {}
+    merged: ComponentValues = {}
     for component, part in zip(components, parts, strict=True):
         if isinstance(part, Failure):
             return part

@@ -21,11 +21,11 @@ from typing import Any
 import reward.verifiers  # noqa: F401  registers the built-in verifiers
 from reward.config import RewardComponentConfig
 from reward.registry import RewardRequest, UnknownRewardError, get_reward_function
-from reward.scoring import Parts, raised, read_value, read_values
+from reward.scoring import ComponentValues, raised, read_value, read_values
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.user_code import import_modules
 
-Outcome = Parts | Failure
+CallResult = ComponentValues | Failure
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Call:
     requests: tuple[RewardRequest, ...]
 
 
-def outcomes(call: Call) -> Iterator[list[Outcome]]:
+def outcomes(call: Call) -> Iterator[list[CallResult]]:
     """Run the call: one list of one outcome a request, or one list of all where the function takes the group."""
     requests = list(call.requests)
     prompt_id = requests[0].prompt_id

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from reward.scoring import TRACEBACK_LINES, user_failure
-from reward.worker_main import Call, Check, Outcome, SetUp
+from reward.worker_main import Call, CallResult, Check, SetUp
 from rollout.failures import Failure, FailureKind
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Reply:
         seconds: wall time in the worker.
     """
 
-    outcomes: list[Outcome | None]
+    outcomes: list[CallResult | None]
     takes_group: bool
     seconds: float
 
@@ -248,7 +248,7 @@ class _Slot(threading.Thread):
     def _run(self, message: Call | Check) -> Reply | Failure | None:
         assert self._worker is not None
         begin = time.monotonic()
-        outcomes: list[Outcome | None] = []
+        outcomes: list[CallResult | None] = []
         takes_group = False
         try:
             self._worker.send(message)

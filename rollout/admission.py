@@ -11,7 +11,7 @@ from rollout.groups import Group, GroupState
 
 
 @dataclass(frozen=True, slots=True)
-class Scheduler:
+class AdmissionScheduler:
     """Admission and batching under a staleness bound.
 
     Let B be the groups in a batch and S the staleness bound. Batch b (0, 1, …) is learned from by the policy of version

@@ -19,7 +19,7 @@ import numpy as np
 
 from actors.config import WeightsConfig
 from actors.weights.canary import Canaries, CanaryReport, compare_canaries
-from actors.weights.manifest import Part
+from actors.weights.manifest import WeightsPart
 from actors.weights.offer import WeightsOffer, WeightsReceipt
 from rollout.failures import Failure, FailureError, FailureKind
 
@@ -296,7 +296,7 @@ class EngineWeights:
         if plain and not (may_stage and await self._stage(plain, version, until)):
             await self._engine.collective_rpc("prepare_weights", args=([part.path for part in plain],))
         for part in received.parts:
-            if part.manifest.part is Part.ADAPTER:
+            if part.manifest.part is WeightsPart.ADAPTER:
                 await asyncio.to_thread(self._write_adapter, part)
 
     async def _stage(self, parts: list[ReceivedPart], version: int, until: float) -> bool:
@@ -409,7 +409,7 @@ class EngineWeights:
 
 def _plain(received: ReceivedWeights) -> list[ReceivedPart]:
     """What the engine's workers load; adapters go another way."""
-    return [part for part in received.parts if part.manifest.part is not Part.ADAPTER]
+    return [part for part in received.parts if part.manifest.part is not WeightsPart.ADAPTER]
 
 
 def _update_info(parts: list[ReceivedPart]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from actors.calls import Share
+from actors.calls import ActorResources
 from actors.generator.generator import Generator, GeneratorSpec, GeneratorStats
 from actors.generator.vllm_engine import engine_environment
 from actors.weights.canary import Canaries, CanaryReport
@@ -34,16 +34,16 @@ class GeneratorHandle:
         self.name = spec.name
 
     @classmethod
-    async def start(cls, spec: GeneratorSpec, share: Share | None = None) -> GeneratorHandle:
+    async def start(cls, spec: GeneratorSpec, resources: ActorResources | None = None) -> GeneratorHandle:
         """Start the actor and wait for its engine. Ray must be initialised.
 
         Args:
-            share: what the generator asks Ray for.
+            resources: what the generator asks Ray for.
 
         Raises:
             FailureError: the engine didn't start, or not within `deadlines.start_s`.
         """
-        options = (share or Share()).options(spec.config.threads) | {
+        options = (resources or ActorResources()).options(spec.config.threads) | {
             "max_concurrency": MAX_CONCURRENCY,
             "runtime_env": {"env_vars": engine_environment(spec.config)},
         }

@@ -11,9 +11,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from actors.calls import Share
+from actors.calls import ActorResources
 from reward.config import RewardConfig
-from reward.group_scoring import RewardCounters, RewardWorkers
+from reward.group_scoring import GroupScorer, RewardCounters
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.prompts import Prompt
 from rollout.samples import Completion, Score
@@ -44,7 +44,7 @@ class RewardServer:
     """Scores groups. An asynchronous actor: many groups are in flight at once, as far as the workers go."""
 
     def __init__(self, spec: RewardSpec) -> None:
-        self._workers = RewardWorkers(spec.config, spec.media_folder, start_s=spec.worker_start_s)
+        self._workers = GroupScorer(spec.config, spec.media_folder, start_s=spec.worker_start_s)
 
     async def ready(self) -> Failure | None:
         """None once every worker has imported the user's modules, or why one couldn't."""
@@ -136,13 +136,13 @@ class RewardHandle:
 
 
 async def start_reward_server(
-    spec: RewardSpec, share: Share | None = None, *, deadline_s: float, name: str = "reward"
+    spec: RewardSpec, resources: ActorResources | None = None, *, deadline_s: float, name: str = "reward"
 ) -> RewardHandle:
     """Start a reward server, wait until its workers are ready, and check its functions. Ray must be initialised.
 
     Args:
         spec: what it is made from; relative paths are taken from the driver's working directory.
-        share: what to ask Ray for; nothing by default. Its worker processes live inside it.
+        resources: what to ask Ray for; nothing by default. Its worker processes live inside it.
         deadline_s: for all of it together.
         name: what messages call it.
     Raises:
@@ -150,7 +150,9 @@ async def start_reward_server(
             doesn't exist (``reward_unknown_function``) or refuses its arguments (``reward_bad_arguments``);
             INFRASTRUCTURE where the server didn't start in time. The actor is gone then.
     """
-    actor: Any = ray.remote(RewardServer).options(**(share or Share()).options(threads=1)).remote(spec.resolved())
+    actor: Any = (
+        ray.remote(RewardServer).options(**(resources or ActorResources()).options(threads=1)).remote(spec.resolved())
+    )
     handle = RewardHandle(actor, name)
     try:
         async with asyncio.timeout(deadline_s):

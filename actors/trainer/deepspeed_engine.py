@@ -79,7 +79,7 @@ def join(place: Place, store: distributed.Store | None, collective_s: float) -> 
     deepspeed.init_distributed(backend, timeout=deadline, auto_mpi_discovery=False, verbose=False)
 
 
-class Engine:
+class DeepSpeedEngine:
     """Gradients in, weights changed. Sums gradients exactly as given: nothing is averaged behind the caller's back."""
 
     def __init__(self, module: nn.Module, config: TrainerConfig, precision: Precision, place: Place) -> None:

@@ -24,7 +24,7 @@ from actors.calls import PEER_REFUSED
 from actors.config import LoraConfig
 from actors.model.batches import TOKEN_FEATURES, ModelBatch, expand_prompts, model_batch
 from actors.model.shared_prompts import LINEAR_COST, can_share_prompts, model_width
-from actors.trainer.deepspeed_engine import Engine, Place, join
+from actors.trainer.deepspeed_engine import DeepSpeedEngine, Place, join
 from actors.trainer.ranks import LearnerSpec
 from actors.trainer.schedule import learning_rate
 from algorithms.finite import NonFiniteError
@@ -76,7 +76,7 @@ class MicroBatch:
     batch: ModelBatch
 
 
-Part = tuple[Tensor, ObjectiveMetrics]
+PartialLoss = tuple[Tensor, ObjectiveMetrics]
 """A micro-batch's part of a loss and of its metrics."""
 
 
@@ -96,7 +96,7 @@ class Learner(ABC):
         module = self._load_module()
         if spec.trainer.gradient_checkpointing:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.engine = Engine(module, spec.trainer, spec.model.precision, place)
+        self.engine = DeepSpeedEngine(module, spec.trainer, spec.model.precision, place)
         self._shares_prompts = can_share_prompts(module)
         self._filler = self.encoder.filler()
         self._token_features = TOKEN_FEATURES & set(self._filler.features)
@@ -216,7 +216,7 @@ class Learner(ABC):
             raise FailureError(Failure(FailureKind.BUG, PEER_REFUSED, "another trainer rank refused the samples"))
         return result
 
-    def _optimise(self, plan: Plan, loss: Callable[[MicroBatch, Denominators], Part]) -> dict[str, float] | None:
+    def _optimise(self, plan: Plan, loss: Callable[[MicroBatch, Denominators], PartialLoss]) -> dict[str, float] | None:
         """One optimiser step; its metrics, or None where it was skipped."""
         denominators = self._denominators(plan)
         if denominators is None:
@@ -232,7 +232,7 @@ class Learner(ABC):
             return None
         return Denominators(tokens, sum(bool(sample.loss_mask.any()) for sample in plan.samples))
 
-    def _backward(self, plan: Plan, loss: Callable[[MicroBatch], Part]) -> list[ObjectiveMetrics]:
+    def _backward(self, plan: Plan, loss: Callable[[MicroBatch], PartialLoss]) -> list[ObjectiveMetrics]:
         """Gradients of a loss over all micro-batches; the metrics of those whose loss was finite."""
         parts = []
         for turn in range(plan.rounds):
@@ -244,7 +244,7 @@ class Learner(ABC):
         return parts
 
     def _finite(
-        self, turn: int, loss: Callable[[MicroBatch], Part], micro_batch: MicroBatch
+        self, turn: int, loss: Callable[[MicroBatch], PartialLoss], micro_batch: MicroBatch
     ) -> tuple[Tensor, ObjectiveMetrics | None]:
         """A micro-batch's part of the loss. NaN, without metrics, where the model's output isn't finite."""
         try:

@@ -22,7 +22,7 @@ from actors.model.output_head import OutputHead, ReferenceOutputs
 from actors.model.reference_head import load_output_head
 from actors.trainer.deepspeed_engine import Place
 from actors.trainer.gradient_combiner import GradientCombiner
-from actors.trainer.learner import Learner, MicroBatch, Part, Plan, UnusableOutputError, merged_reports
+from actors.trainer.learner import Learner, MicroBatch, PartialLoss, Plan, UnusableOutputError, merged_reports
 from actors.weights.canary import MAX_TOKENS as CANARY_TOKENS
 from actors.weights.source import gathered
 from algorithms import choices  # noqa: F401  registers the built-in methods
@@ -30,7 +30,7 @@ from algorithms.config import AlgorithmConfig
 from algorithms.finite import NonFiniteError
 from algorithms.inputs import BatchTokens
 from algorithms.kl import full, needs_distributions
-from algorithms.policy_objective import Denominators, ObjectiveMetrics, TokenBatch, objective
+from algorithms.policy_objective import Denominators, ObjectiveMetrics, TokenBatch, policy_objective
 from algorithms.registry import KL_ESTIMATORS, POLICY_LOSSES
 from rollout.balance import split_evenly
 from rollout.prompts import Prompt, TextPart
@@ -211,7 +211,7 @@ class PolicyTrainer(Learner):
         if self.combiner is not None:
             return self._learn_objectives(plan, marks, kl_coefficient, self.combiner)
 
-        def loss(micro_batch: MicroBatch, denominators: Denominators) -> Part:
+        def loss(micro_batch: MicroBatch, denominators: Denominators) -> PartialLoss:
             tokens = _token_batch(micro_batch, marks)
             return self._loss(micro_batch, tokens, self.spec.algorithm, denominators, kl_coefficient)
 
@@ -238,7 +238,7 @@ class PolicyTrainer(Learner):
         for objective_index in (*range(len(rewards)), None):
             is_shared = objective_index is None
 
-            def loss(micro_batch: MicroBatch, which: int | None = objective_index) -> Part:
+            def loss(micro_batch: MicroBatch, which: int | None = objective_index) -> PartialLoss:
                 tokens = _token_batch(micro_batch, marks, objective=-1 if which is None else which)
                 algorithm = self.spec.algorithm if which is None else alone
                 coefficient = kl_coefficient if which is None else 0.0
@@ -277,7 +277,7 @@ class PolicyTrainer(Learner):
         algorithm: AlgorithmConfig,
         denominators: Denominators,
         kl_coefficient: float,
-    ) -> Part:
+    ) -> PartialLoss:
         head = self._reference_head if kl_coefficient > 0 else None
         outcome = self._completion_log_probs(
             micro_batch,
@@ -286,7 +286,7 @@ class PolicyTrainer(Learner):
             reference=None if head is None else _reference_outputs(micro_batch, head),
         )
         try:
-            return objective(
+            return policy_objective(
                 outcome.log_probs, outcome.entropy, tokens, algorithm, denominators, kl_coefficient, outcome.kl
             )
         except NonFiniteError as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from actors.config import ModelConfig
 from actors.model.lora import adapter_config, adapter_tensors, base_tensors, merged_tensors, plain_tensors
-from actors.weights.manifest import Part
+from actors.weights.manifest import WeightsPart
 from actors.weights.source import WeightSource, is_frozen, is_trained, module_tensors
 
 
@@ -20,7 +20,7 @@ def policy_sources(module: Any, model: ModelConfig, gather_bytes: int) -> tuple[
         gather_bytes: under ZeRO-3, how much is gathered at a time.
     """
     precision, lora = model.precision, model.lora
-    part, attributes = Part.TRAINED, ""
+    part, attributes = WeightsPart.TRAINED, ""
     if lora is None:
         changing = module_tensors(module, precision, is_trained)
         rest = module_tensors(module, precision, is_frozen)
@@ -31,9 +31,9 @@ def policy_sources(module: Any, model: ModelConfig, gather_bytes: int) -> tuple[
         changing = [tensor for tensor in whole if _block(tensor.name) in blocks]
         rest = [tensor for tensor in whole if _block(tensor.name) not in blocks]
     else:
-        part, attributes = Part.ADAPTER, json.dumps(adapter_config(lora, module), sort_keys=True)
+        part, attributes = WeightsPart.ADAPTER, json.dumps(adapter_config(lora, module), sort_keys=True)
         changing, rest = adapter_tensors(module, precision), base_tensors(module, precision)
-    frozen = WeightSource(rest, gather_bytes=gather_bytes, part=Part.FROZEN) if rest else None
+    frozen = WeightSource(rest, gather_bytes=gather_bytes, part=WeightsPart.FROZEN) if rest else None
     return WeightSource(changing, gather_bytes=gather_bytes, part=part, attributes=attributes), frozen
 
 

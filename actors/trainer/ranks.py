@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 import ray
 
-from actors.calls import Share, gather
+from actors.calls import ActorResources, gather
 from actors.config import DeadlineConfig, ModelConfig, TrainerConfig
 
 
@@ -98,15 +98,15 @@ class RankGroup:
         """The Ray actors, rank by rank."""
 
     @classmethod
-    async def start(cls, spec: LearnerSpec, share: Share | None = None) -> Self:
+    async def start(cls, spec: LearnerSpec, resources: ActorResources | None = None) -> Self:
         """Start all ranks and wait until their models are loaded. Ray must be initialised.
 
         Args:
-            share: what each rank asks Ray for; with a GPU, it trains on it.
+            resources: what each rank asks Ray for; with a GPU, it trains on it.
         """
-        share = share or Share()
-        device = "cuda" if share.num_gpus > 0 else "cpu"
-        rank_class: Any = ray.remote(cls.rank_class).options(**share.options(spec.trainer.threads))
+        resources = resources or ActorResources()
+        device = "cuda" if resources.num_gpus > 0 else "cpu"
+        rank_class: Any = ray.remote(cls.rank_class).options(**resources.options(spec.trainer.threads))
         group = cls(spec, [rank_class.remote(spec, rank, device) for rank in range(spec.trainer.ranks)])
         try:
             started = time.monotonic()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from actors.model.batches import ModelBatch, check_samples, token_matrix
 from actors.model.forward import completion_logits, load_model
 from actors.model.output_head import expected_transform
-from actors.trainer.learner import Learner, MicroBatch, Part, UnusableOutputError, merged_reports
+from actors.trainer.learner import Learner, MicroBatch, PartialLoss, UnusableOutputError, merged_reports
 from algorithms.finite import NonFiniteError, require_finite
 from algorithms.logit_tiles import LogitTransform
 from algorithms.policy_objective import Denominators, ObjectiveMetrics
@@ -61,7 +61,7 @@ class ValueTrainer(Learner):
         }
         return {f"critic/{name}": value for name, value in metrics.items()}
 
-    def _loss(self, micro_batch: MicroBatch, denominators: Denominators) -> Part:
+    def _loss(self, micro_batch: MicroBatch, denominators: Denominators) -> PartialLoss:
         samples, batch = micro_batch.samples, micro_batch.batch
         values = completion_values(self.engine.engine, batch)
 

@@ -29,7 +29,7 @@ class ManifestError(ValueError):
     """The bytes aren't a manifest, or they contradict themselves."""
 
 
-class Part(StrEnum):
+class WeightsPart(StrEnum):
     """What of the policy a manifest describes."""
 
     TRAINED = "trained"
@@ -76,7 +76,7 @@ class Manifest:
 
     epoch: int
     version: int
-    part: Part
+    part: WeightsPart
     nbytes: int
     bucket_bytes: int
     tensors: tuple[TensorEntry, ...]
@@ -129,7 +129,7 @@ class Manifest:
             manifest = cls(
                 epoch=exactly(int, content["epoch"]),
                 version=exactly(int, content["version"]),
-                part=Part(content["part"]),
+                part=WeightsPart(content["part"]),
                 nbytes=exactly(int, content["nbytes"]),
                 bucket_bytes=exactly(int, content["bucket_bytes"]),
                 tensors=tuple(map(_entry, exactly(list, content["tensors"]))),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from actors.weights.manifest import Part
+from actors.weights.manifest import WeightsPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Keys:
 class PartOffer:
     """One part of a version: which, the hex digest of its manifest (which covers every byte), and its size."""
 
-    part: Part
+    part: WeightsPart
     digest: str
     nbytes: int
 
@@ -67,7 +67,7 @@ class WeightsOffer:
     @property
     def trained(self) -> PartOffer:
         """The part that changes."""
-        return next(part for part in self.parts if part.part is not Part.FROZEN)
+        return next(part for part in self.parts if part.part is not WeightsPart.FROZEN)
 
     @property
     def nbytes(self) -> int:

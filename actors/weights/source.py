@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from actors.weights.manifest import DTYPE_BYTES, Manifest, Part, TensorEntry, plan_layout
+from actors.weights.manifest import DTYPE_BYTES, Manifest, TensorEntry, WeightsPart, plan_layout
 from actors.weights.tensors import SourceTensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,7 +31,12 @@ class WeightSource:
     """One part of a policy: what is read, in which order. Build it on every rank, from the same tensors."""
 
     def __init__(
-        self, tensors: Sequence[SourceTensor], *, gather_bytes: int, part: Part = Part.TRAINED, attributes: str = ""
+        self,
+        tensors: Sequence[SourceTensor],
+        *,
+        gather_bytes: int,
+        part: WeightsPart = WeightsPart.TRAINED,
+        attributes: str = "",
     ) -> None:
         """Plan the layout.
 

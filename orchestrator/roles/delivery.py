@@ -17,7 +17,7 @@ MAX_RETURNS = 8
 """Versions in a row that were gone before a generator had them."""
 
 
-class Outcome(StrEnum):
+class DeliveryOutcome(StrEnum):
     """How an attempt ended."""
 
     PROVEN = "proven"
@@ -70,29 +70,29 @@ class Delivery:
         """Whether it is to get everything, frozen weights too: from its first disagreement until it agrees."""
         return self.disagreements == 1
 
-    def after(self, outcome: Outcome) -> tuple[Delivery, Step]:
+    def after(self, outcome: DeliveryOutcome) -> tuple[Delivery, Step]:
         """The next state and step.
 
         Invariants: DONE follows only PROVEN; the first disagreement is answered by a full resend, the second by a
         restart, the third by STOP; every other outcome reaches DONE or RESTART after a bounded number of attempts.
         """
         match outcome:
-            case Outcome.PROVEN:
+            case DeliveryOutcome.PROVEN:
                 return Delivery(), Step.DONE
-            case Outcome.DISAGREES:
+            case DeliveryOutcome.DISAGREES:
                 count = self.disagreements + 1
                 step = {1: Step.SEND, 2: Step.RESTART}.get(count, Step.STOP)
                 return Delivery(disagreements=count), step
-            case Outcome.SILENT:
+            case DeliveryOutcome.SILENT:
                 silent = replace(self, silences=self.silences + 1)
                 return self._or_restart(silent, silent.silences < MAX_SILENCES, Step.SEND_LATER)
-            case Outcome.OVERTAKEN:
+            case DeliveryOutcome.OVERTAKEN:
                 overtaken = replace(self, returns=self.returns + 1)
                 return self._or_restart(overtaken, overtaken.returns < MAX_RETURNS, Step.SEND)
-            case Outcome.FAILED:
+            case DeliveryOutcome.FAILED:
                 failed = replace(self, failures=self.failures + 1)
                 return self._or_restart(failed, failed.failures < MAX_FAILURES, Step.SEND)
-            case Outcome.DEAD:
+            case DeliveryOutcome.DEAD:
                 return self._or_restart(self, False, Step.SEND)
 
     @staticmethod
@@ -102,14 +102,14 @@ class Delivery:
         return Delivery(disagreements=state.disagreements), Step.RESTART
 
 
-def outcome_of(reason: str) -> Outcome:
+def outcome_of(reason: str) -> DeliveryOutcome:
     """What the reason of a failure means for the delivery."""
     return {
-        "weights_timeout": Outcome.SILENT,
-        "weights_gone": Outcome.OVERTAKEN,
-        "weights_superseded": Outcome.OVERTAKEN,
-        "canary_version": Outcome.OVERTAKEN,
-        "generator_died": Outcome.DEAD,
-        "generator_timeout": Outcome.DEAD,
-        "engine_dead": Outcome.DEAD,
-    }.get(reason, Outcome.FAILED)
+        "weights_timeout": DeliveryOutcome.SILENT,
+        "weights_gone": DeliveryOutcome.OVERTAKEN,
+        "weights_superseded": DeliveryOutcome.OVERTAKEN,
+        "canary_version": DeliveryOutcome.OVERTAKEN,
+        "generator_died": DeliveryOutcome.DEAD,
+        "generator_timeout": DeliveryOutcome.DEAD,
+        "engine_dead": DeliveryOutcome.DEAD,
+    }.get(reason, DeliveryOutcome.FAILED)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from orchestrator.roles.delivery import Delivery, Outcome, Step, outcome_of
+from orchestrator.roles.delivery import Delivery, DeliveryOutcome, Step, outcome_of
 from rollout.config import SamplingConfig
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.prompts import Prompt
@@ -402,7 +402,7 @@ class GeneratorFleet:
         canaries: asyncio.Future[Canaries] | None,
         *,
         anew: bool,
-    ) -> tuple[Outcome, str]:
+    ) -> tuple[DeliveryOutcome, str]:
         """One attempt: load, then prove. How it ended, and why."""
         try:
             pushed, member.pushed = member.pushed, None
@@ -412,13 +412,13 @@ class GeneratorFleet:
             if not is_there and (receipt.version, receipt.digest) != (offer.version, offer.trained.digest):
                 why = f"loaded version {receipt.version} with digest {receipt.digest}"
                 self.on_event("digest_mismatch", generator=member.name, version=offer.version, why=why)
-                return Outcome.FAILED, why
+                return DeliveryOutcome.FAILED, why
             member.receipt, member.report = receipt, None
             if canaries is None:
-                return Outcome.PROVEN, ""
+                return DeliveryOutcome.PROVEN, ""
             await asyncio.wait({canaries})
             if _has_failed(canaries):
-                return Outcome.FAILED, "the trainer computed no canaries"
+                return DeliveryOutcome.FAILED, "the trainer computed no canaries"
             member.report = await handle.verify(canaries.result())
         except FailureError as error:
             if member.health is not Health.DEAD:  # what fails because it is being ended needs no telling
@@ -426,7 +426,7 @@ class GeneratorFleet:
                 self.on_event("update_failed", generator=member.name, version=offer.version, why=str(error))
             return outcome_of(error.failure.reason), str(error)
         if member.report.agrees:
-            return Outcome.PROVEN, ""
+            return DeliveryOutcome.PROVEN, ""
         why = f"{member.name} has version {offer.version}, but {member.report.words}"
         self.on_event(
             "weights_disagree",
@@ -436,7 +436,7 @@ class GeneratorFleet:
             mean_gap=member.report.mean_gap,
             corrected=list(member.corrected),
         )
-        return Outcome.DISAGREES, why
+        return DeliveryOutcome.DISAGREES, why
 
     def _disagreement(self, member: Member, why: str) -> FailureError:
         """The verdict on a generator that nothing helps."""

@@ -17,7 +17,7 @@ MAX_RESTARTS = 3
 """Restarts of the reward server before the run stops."""
 
 
-class Scorer:
+class Rewards:
     """Scores groups through a reward server that may die. Lives in the driver's event loop."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How a run's voices come to be: each role from its part of the configuration, all of them side by side."""
+"""How a run's roles come to be: each role from its part of the configuration, all of them side by side."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from actors.calls import Share
+from actors.calls import ActorResources
 from orchestrator.checkpoints import CRITIC, POLICY, Checkpoints, RunState
 from orchestrator.cluster import ray_cluster
 from orchestrator.config.schema import Config, RoleResources
 from orchestrator.roles.fleet import GeneratorFleet
 from orchestrator.roles.reference import Reference
-from orchestrator.roles.rewards import Scorer
+from orchestrator.roles.rewards import Rewards
 from orchestrator.step.rollouts import Rollouts
-from orchestrator.telemetry import Journal
+from orchestrator.telemetry import Telemetry
 from rollout.cursor import PromptCursor
 from rollout.datasets import PromptSet, load_prompts
 from rollout.ledger import Ledger
@@ -48,13 +48,13 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Voices:
+class Roles:
     """The roles of a run, started."""
 
     policy: PolicyGroup
     fleet: GeneratorFleet
     reference: Reference | None
-    scorer: Scorer
+    scorer: Rewards
     critic: CriticGroup | None
 
 
@@ -67,42 +67,42 @@ def load_data(config: Config, media: MediaStore) -> Data:
     return Data(train, load_prompts(config.data.evaluation, media, base=Path.cwd()))
 
 
-def tell_data(data: Data, journal: Journal) -> None:
+def tell_data(data: Data, telemetry: Telemetry) -> None:
     """The lineage of the prompts; rows of them that can't be used are reported, by reason."""
     for prompts, context in ((data.train, "training"), (data.held_out, "evaluation")):
         if prompts is None:
             continue
-        journal.tracker.dataset(prompts.name, prompts.digest, len(prompts), context, prompts.source)
+        telemetry.tracker.dataset(prompts.name, prompts.digest, len(prompts), context, prompts.source)
         if prompts.quarantined:
-            journal.event("rows_quarantined", dataset=prompts.name, **prompts.quarantined_by_reason)
+            telemetry.event("rows_quarantined", dataset=prompts.name, **prompts.quarantined_by_reason)
 
 
 @contextlib.asynccontextmanager
 async def start_training(
-    config: Config, state: RunState, checkpoints: Checkpoints, journal: Journal, checkpoint: Path | None
+    config: Config, state: RunState, checkpoints: Checkpoints, telemetry: Telemetry, checkpoint: Path | None
 ) -> AsyncIterator[Training]:
     """Everything a training run needs, from Ray to the ledger; all of it is stopped at the end.
 
     Args:
         checkpoint: the checkpoint to go on from, whose driver's state is `state`; None starts anew.
     """
-    journal.progress.phase("starting Ray, loading prompts")
+    telemetry.progress.phase("starting Ray, loading prompts")
     media = MediaStore(config.run.folder / "media")
     async with (
         _beside(asyncio.to_thread(load_data, config, media)) as data_loading,
         ray_cluster(config.cluster, config.deadlines),
     ):
-        journal.progress.phase("starting trainer, generators, reference and reward server")
-        async with start_voices(config, media.folder, journal.event) as voices:
+        telemetry.progress.phase("starting trainer, generators, reference and reward server")
+        async with start_roles(config, media.folder, telemetry.event) as roles:
             data = await data_loading
-            tell_data(data, journal)
+            tell_data(data, telemetry)
             if checkpoint is not None:
-                await voices.policy.load(checkpoint / POLICY)
-                if voices.critic is not None:
-                    await voices.critic.load(checkpoint / CRITIC)
+                await roles.policy.load(checkpoint / POLICY)
+                if roles.critic is not None:
+                    await roles.critic.load(checkpoint / CRITIC)
             with Ledger(config.run.folder / "ledger.db") as ledger:
                 ledger.recover(at_s=time.time())
-                training = _training(config, state, checkpoints, journal, voices, data, ledger)
+                training = _training(config, state, checkpoints, telemetry, roles, data, ledger)
                 try:
                     yield training
                 finally:
@@ -124,8 +124,8 @@ def _training(
     config: Config,
     state: RunState,
     checkpoints: Checkpoints,
-    journal: Journal,
-    voices: Voices,
+    telemetry: Telemetry,
+    roles: Roles,
     data: Data,
     ledger: Ledger,
 ) -> Training:
@@ -145,19 +145,19 @@ def _training(
         first_step=state.version,
         seed=config.run.seed,
         cursor=cursor,
-        fleet=voices.fleet,
-        scorer=voices.scorer,
+        fleet=roles.fleet,
+        scorer=roles.scorer,
         ledger=ledger,
-        on_event=journal.event,
+        on_event=telemetry.event,
         with_greedy=Need.GREEDY_REWARDS in needs(config.algorithm),
     )
     return Training(
         config,
-        voices.policy,
-        voices.fleet,
-        voices.reference,
-        voices.scorer,
-        voices.critic,
+        roles.policy,
+        roles.fleet,
+        roles.reference,
+        roles.scorer,
+        roles.critic,
         rollouts,
         cursor,
         list(data.held_out.prompts) if data.held_out else [],
@@ -166,12 +166,12 @@ def _training(
         Appraiser(config, state.multipliers or None),
         state,
         checkpoints,
-        journal,
+        telemetry,
     )
 
 
 @contextlib.asynccontextmanager
-async def start_voices(config: Config, media_folder: Path, on_event: Callable[..., None]) -> AsyncIterator[Voices]:
+async def start_roles(config: Config, media_folder: Path, on_event: Callable[..., None]) -> AsyncIterator[Roles]:
     """Start every role side by side; stop every one of them at the end, also those of a start that failed.
 
     Raises:
@@ -183,7 +183,7 @@ async def start_voices(config: Config, media_folder: Path, on_event: Callable[..
         on_event,
         config.weights.grace_s,
     )
-    scorer = Scorer(
+    scorer = Rewards(
         lambda: start_reward(config, media_folder),
         deadline_s=config.deadlines.score_s,
         stop_s=config.deadlines.stop_s,
@@ -201,20 +201,20 @@ async def start_voices(config: Config, media_folder: Path, on_event: Callable[..
     starts: list[asyncio.Task[Any]] = [policy, critic, *others]
     try:
         await asyncio.gather(*starts)
-        yield Voices(policy.result(), fleet, reference, scorer, critic.result())
+        yield Roles(policy.result(), fleet, reference, scorer, critic.result())
     finally:
         for start in starts:
             start.cancel()
         learners = (await asyncio.gather(*starts, return_exceptions=True))[:2]
-        voices = (fleet, scorer, reference, *(each for each in learners if not isinstance(each, BaseException)))
+        roles = (fleet, scorer, reference, *(each for each in learners if not isinstance(each, BaseException)))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2 * config.deadlines.stop_s):
-                await asyncio.gather(*(voice.stop() for voice in voices if voice is not None), return_exceptions=True)
+                await asyncio.gather(*(voice.stop() for voice in roles if voice is not None), return_exceptions=True)
 
 
-def share(role: RoleResources) -> Share:
+def share(role: RoleResources) -> ActorResources:
     """What an actor of a role asks Ray for."""
-    return Share(role.cpus, role.gpus, role.custom)
+    return ActorResources(role.cpus, role.gpus, role.custom)
 
 
 async def start_policy(config: Config, media_folder: Path) -> PolicyGroup:

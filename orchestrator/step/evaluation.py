@@ -12,7 +12,7 @@ import numpy as np
 
 from orchestrator.record.run_record import EvaluationResult, SampleRow, sample_rows
 from orchestrator.roles.fleet import NO_GENERATOR, GeneratorFleet
-from orchestrator.roles.rewards import Scorer
+from orchestrator.roles.rewards import Rewards
 from rollout.config import SamplingConfig
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.intervals import mean_interval
@@ -56,7 +56,7 @@ class Evaluation:
 
 async def evaluate(
     fleet: GeneratorFleet,
-    scorer: Scorer,
+    scorer: Rewards,
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,
     mode: Mode,

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from orchestrator.roles.fleet import NO_GENERATOR, GeneratorFleet
-from orchestrator.roles.rewards import Scorer
-from rollout.admission import Scheduler
+from orchestrator.roles.rewards import Rewards
+from rollout.admission import AdmissionScheduler
 from rollout.config import RolloutConfig, SamplingConfig
 from rollout.cursor import PromptCursor
 from rollout.failures import Failure, FailureError, FailureKind
@@ -98,7 +98,7 @@ class Rollouts:
         seed: int,
         cursor: PromptCursor,
         fleet: GeneratorFleet,
-        scorer: Scorer,
+        scorer: Rewards,
         ledger: Ledger,
         on_event: Callable[..., None],
         with_greedy: bool = False,
@@ -108,7 +108,7 @@ class Rollouts:
             with_greedy: also generate and score a greedy completion of each prompt, the baseline of some estimators.
         """
         self._config = config
-        self._scheduler = Scheduler(config.prompts_per_step, config.max_staleness, steps)
+        self._scheduler = AdmissionScheduler(config.prompts_per_step, config.max_staleness, steps)
         self._next_batch = first_step
         self._seed = seed
         self._cursor = cursor

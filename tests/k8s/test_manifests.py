@@ -137,7 +137,7 @@ def test_the_operator_accepts_the_job(job: dict[str, Any]) -> None:
     ("path", "value", "complaint"),
     [
         (("metadata", "name"), "x" * 48, "47 characters"),
-        (("metadata", "name"), "7-voices", "DNS-1035"),
+        (("metadata", "name"), "7-roles", "DNS-1035"),
         (("spec", "shutdownAfterJobFinishes"), False, "ttlSecondsAfterFinished"),
         (("spec", "clusterSelector"), {"ray.io/cluster": "mine"}, "clusterSelector"),
         (("spec", "rayClusterSpec", "headGroupSpec", "resources"), {"CPU": "2"}, "both in rayStartParams"),
@@ -262,7 +262,7 @@ def test_the_supervised_recipe_takes_the_jobs_overrides(job: dict[str, Any], ove
         assert Path(script).name == "entrypoint.sh"  # starts from a model that is there
         return
     config = load_config(ROOT / "recipes" / "digits-sft.yaml", [f"run.folder={folder}/sft", *overrides], SFTConfig)
-    assert config.cluster.policy.custom == {"voice": 1.0}
+    assert config.cluster.policy.custom == {"role": 1.0}
     assert config.cluster.address == "auto"
 
 

@@ -1,4 +1,4 @@
-"""In-process voices with the interfaces of the real handles, so that the driver's shells can be tested without Ray."""
+"""In-process roles with the interfaces of the real handles, so that the driver's shells can be tested without Ray."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 
 from actors.config import WeightsConfig
 from actors.weights.canary import Canaries, CanaryReport, CanarySequence, compare_canaries
-from actors.weights.manifest import Part
+from actors.weights.manifest import WeightsPart
 from actors.weights.offer import PartOffer, WeightsOffer, WeightsReceipt
 from orchestrator.roles.fleet import GeneratorFleet
-from orchestrator.roles.rewards import Scorer
+from orchestrator.roles.rewards import Rewards
 from rollout.config import SamplingConfig
 from rollout.datasets import PromptSet
 from rollout.failures import Failure, FailureError, FailureKind
@@ -38,7 +38,7 @@ def prompt_set(count: int) -> PromptSet:
 
 def offer(version: int) -> WeightsOffer:
     """A version to load."""
-    part = PartOffer(Part.TRAINED, f"digest-{version}", 100)
+    part = PartOffer(WeightsPart.TRAINED, f"digest-{version}", 100)
     return WeightsOffer(1, version, "inproc://here", b"", None, (part,))
 
 
@@ -274,13 +274,13 @@ async def fleet_of(replicas: int, events: Events, deadline_s: float = DEADLINE_S
     return fleet, generators
 
 
-async def scorer_of(server: RewardServer, events: Events) -> Scorer:
+async def scorer_of(server: RewardServer, events: Events) -> Rewards:
     """A started scorer whose server is always this one, also after a restart."""
 
     async def launch() -> Any:
         return server
 
-    scorer = Scorer(launch, deadline_s=DEADLINE_S, stop_s=1.0, on_event=events)
+    scorer = Rewards(launch, deadline_s=DEADLINE_S, stop_s=1.0, on_event=events)
     await scorer.start()
     return scorer
 

@@ -21,7 +21,7 @@ from orchestrator.record.progress import Progress
 from orchestrator.record.run_record import Record
 from orchestrator.step.appraisal import Appraiser
 from orchestrator.step.rollouts import Rollouts
-from orchestrator.telemetry import Journal
+from orchestrator.telemetry import Telemetry
 from orchestrator.tracking.tracker import Tracker
 from rollout.cursor import PromptCursor
 from rollout.failures import Failure, FailureError, FailureKind
@@ -46,7 +46,7 @@ def value(text: str) -> float:
 
 
 class Run:
-    """A run's parts, with stand-in voices whose acts are written down in one list."""
+    """A run's parts, with stand-in roles whose acts are written down in one list."""
 
     def __init__(self, training: Training, policy: Policy, generators: Any, ledger: Ledger, folder: Path) -> None:
         self.training, self.policy, self.generators, self.ledger = training, policy, generators, ledger
@@ -67,7 +67,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Any]]:
             tracker = Tracker.start(config.tracking, tmp_path, "test", {})
             record = stack.enter_context(Record(tmp_path, resume_step=state.version if is_resumed else None))
             progress = Progress(3, mode="quiet", console=Console(file=io.StringIO()))
-            journal = Journal(config.tracking, record, tracker, progress, MediaStore(tmp_path / "media"))
+            telemetry = Telemetry(config.tracking, record, tracker, progress, MediaStore(tmp_path / "media"))
             ledger = stack.enter_context(Ledger(tmp_path / "ledger.db"))
             ledger.recover(at_s=0.0)
             fleet, generators = await fleet_of(1, Events())
@@ -83,7 +83,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Any]]:
                 fleet=fleet,
                 scorer=scorer,
                 ledger=ledger,
-                on_event=journal.event,
+                on_event=telemetry.event,
                 with_greedy=config.algorithm.advantage == "remax",
             )
             policy = Policy()
@@ -102,7 +102,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Any]]:
                 Appraiser(config, state.multipliers or None),
                 state,
                 checkpoints,
-                journal,
+                telemetry,
             )
             return Run(training, policy, generators, ledger, tmp_path)
 

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from reward.config import RewardComponentConfig, RewardConfig
-from reward.group_scoring import RewardWorkers
+from reward.group_scoring import GroupScorer
 from reward.registry import RewardRequest
 from rollout.prompts import Prompt
 
@@ -98,16 +98,16 @@ def functions(tmp_path: Path) -> Path:
 
 
 @pytest_asyncio.fixture
-async def workers(functions: Path, tmp_path: Path) -> AsyncIterator[Callable[..., RewardWorkers]]:
+async def workers(functions: Path, tmp_path: Path) -> AsyncIterator[Callable[..., GroupScorer]]:
     """Starts workers for components, given by name or in full, and stops them at the end."""
-    started: list[RewardWorkers] = []
+    started: list[GroupScorer] = []
 
-    def start(*components: str | RewardComponentConfig, **settings: Any) -> RewardWorkers:
+    def start(*components: str | RewardComponentConfig, **settings: Any) -> GroupScorer:
         config = RewardConfig(
             components=tuple(RewardComponentConfig(function=c) if isinstance(c, str) else c for c in components),
             **{"modules": (functions,), "deadline_s": 20.0, **settings},
         )
-        started.append(RewardWorkers(config, tmp_path / "media"))
+        started.append(GroupScorer(config, tmp_path / "media"))
         return started[-1]
 
     yield start

@@ -18,13 +18,13 @@ import yaml
 from PIL import Image
 
 from reward.config import RewardComponentConfig, RewardConfig
-from reward.group_scoring import RewardWorkers
+from reward.group_scoring import GroupScorer
 from rollout.failures import Failure, FailureKind
 from rollout.media import MediaStore
 from rollout.prompts import MediaPart, Message, Prompt, TextPart
 from rollout.samples import Completion, FinishReason, Score
 
-Start = Callable[..., RewardWorkers]
+Start = Callable[..., GroupScorer]
 
 
 def make_prompt(target: str = "7") -> Prompt:
@@ -43,13 +43,13 @@ def component(function: str, weight: float = 1.0, **arguments: object) -> Reward
     return RewardComponentConfig(function=function, weight=weight, arguments=arguments)
 
 
-async def scored(workers: RewardWorkers, group: tuple[Completion, ...] = GROUP) -> tuple[Score, ...]:
+async def scored(workers: GroupScorer, group: tuple[Completion, ...] = GROUP) -> tuple[Score, ...]:
     result = await workers.score(make_prompt(), group)
     assert not isinstance(result, Failure), result.message
     return result
 
 
-async def failed(workers: RewardWorkers, group: tuple[Completion, ...] = GROUP) -> Failure:
+async def failed(workers: GroupScorer, group: tuple[Completion, ...] = GROUP) -> Failure:
     result = await workers.score(make_prompt(), group)
     assert isinstance(result, Failure)
     return result
@@ -207,7 +207,7 @@ async def test_the_guides_example_works_as_printed(tmp_path: Path) -> None:
     (recipe,) = [yaml.safe_load(body) for language, body in blocks if language == "yaml"]
     settings = recipe["reward"] | {"modules": [module]}
     settings["components"] += [{"function": "rarest"}, {"function": "says_target"}]
-    server = RewardWorkers(RewardConfig(**settings), tmp_path)
+    server = GroupScorer(RewardConfig(**settings), tmp_path)
     try:
         assert await server.ready() is None
         assert await server.check() is None

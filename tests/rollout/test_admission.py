@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from rollout.admission import Scheduler
+from rollout.admission import AdmissionScheduler
 from rollout.failures import FailureError
 from rollout.groups import (
     Admit,
@@ -31,7 +31,7 @@ def group(number: int, served_version: int, *, ready: bool = True) -> Group:
 
 
 def test_synchronous_training_admits_one_batch_and_then_waits_for_the_next_version() -> None:
-    scheduler = Scheduler(batch_groups=4, max_staleness=0)
+    scheduler = AdmissionScheduler(batch_groups=4, max_staleness=0)
     assert scheduler.capacity([], next_batch=0, served_version=0) == 4
     batch = [group(n, 0) for n in range(4)]
     assert scheduler.capacity(batch, next_batch=0, served_version=0) == 0
@@ -41,31 +41,31 @@ def test_synchronous_training_admits_one_batch_and_then_waits_for_the_next_versi
 
 
 def test_with_staleness_one_the_next_batch_is_admitted_while_the_first_is_learned_from() -> None:
-    scheduler = Scheduler(batch_groups=4, max_staleness=1)
+    scheduler = AdmissionScheduler(batch_groups=4, max_staleness=1)
     assert scheduler.capacity([], next_batch=0, served_version=0) == 8
     assert scheduler.capacity([group(n, 0) for n in range(4, 8)], next_batch=1, served_version=0) == 0
     assert scheduler.capacity([group(n, 0) for n in range(4, 8)], next_batch=1, served_version=1) == 4
 
 
 def test_a_dropped_group_frees_its_slot_at_once() -> None:
-    scheduler = Scheduler(batch_groups=4, max_staleness=0)
+    scheduler = AdmissionScheduler(batch_groups=4, max_staleness=0)
     assert scheduler.capacity([group(0, 0), group(2, 0), group(3, 0)], next_batch=0, served_version=0) == 1
 
 
 def test_a_generator_that_lags_behind_gets_nothing_it_could_not_finish_in_time() -> None:
-    scheduler = Scheduler(batch_groups=4, max_staleness=1)
+    scheduler = AdmissionScheduler(batch_groups=4, max_staleness=1)
     assert scheduler.capacity([], next_batch=3, served_version=1) == 0
     assert scheduler.capacity([group(0, 3)], next_batch=3, served_version=2) == 4
 
 
 def test_ready_groups_overtake_a_slow_one_that_still_has_time() -> None:
-    scheduler = Scheduler(batch_groups=2, max_staleness=1)
+    scheduler = AdmissionScheduler(batch_groups=2, max_staleness=1)
     slow, *quick = [group(0, 0, ready=False), group(1, 0), group(2, 0), group(3, 0, ready=False)]
     assert scheduler.batch([slow, *quick], next_batch=0) == (quick[0], quick[1])
 
 
 def test_a_slow_group_at_its_deadline_holds_the_batch_up() -> None:
-    scheduler = Scheduler(batch_groups=2, max_staleness=1)
+    scheduler = AdmissionScheduler(batch_groups=2, max_staleness=1)
     slow, newer = group(0, 0, ready=False), [group(4, 1), group(5, 1)]
     assert scheduler.batch([slow, *newer], next_batch=1) is None
     slow = group(0, 0)
@@ -73,7 +73,7 @@ def test_a_slow_group_at_its_deadline_holds_the_batch_up() -> None:
 
 
 def test_no_group_is_admitted_that_no_batch_of_the_run_would_take() -> None:
-    scheduler = Scheduler(batch_groups=4, max_staleness=3, batches=2)
+    scheduler = AdmissionScheduler(batch_groups=4, max_staleness=3, batches=2)
     assert scheduler.capacity([], next_batch=0, served_version=0) == 8
     assert scheduler.capacity([group(n, 0) for n in range(3)], next_batch=1, served_version=1) == 1
     assert scheduler.capacity([], next_batch=2, served_version=2) == 0
@@ -81,20 +81,20 @@ def test_no_group_is_admitted_that_no_batch_of_the_run_would_take() -> None:
 
 def test_a_group_open_past_its_deadline_is_reported_as_a_bug() -> None:
     with pytest.raises(FailureError, match="g0, admitted at version 0, is open at batch 2"):
-        Scheduler(batch_groups=1, max_staleness=1).batch([group(0, 0)], next_batch=2)
+        AdmissionScheduler(batch_groups=1, max_staleness=1).batch([group(0, 0)], next_batch=2)
 
 
 @pytest.mark.parametrize(("batch_groups", "max_staleness"), [(0, 0), (1, -1)])
 def test_impossible_settings_are_refused(batch_groups: int, max_staleness: int) -> None:
     with pytest.raises(ValueError, match="at least one group"):
-        Scheduler(batch_groups, max_staleness)
+        AdmissionScheduler(batch_groups, max_staleness)
 
 
 class World:
     """A trainer and two generators around the real scheduler and the real group state machine."""
 
     def __init__(self, batch_groups: int, max_staleness: int) -> None:
-        self.scheduler = Scheduler(batch_groups, max_staleness)
+        self.scheduler = AdmissionScheduler(batch_groups, max_staleness)
         self.groups = Groups()
         self.next_batch = 0
         self.trainer_version = 0

@@ -18,7 +18,7 @@ from statistics import median
 
 import zmq
 
-from actors.weights.manifest import ALIGNMENT, Part
+from actors.weights.manifest import ALIGNMENT, WeightsPart
 from actors.weights.offer import Keys, PartOffer, WeightsOffer
 from actors.weights.pull.delta import Delta
 from actors.weights.pull.memory import Memory, host_identity
@@ -256,4 +256,4 @@ def read_on_other_ranks(sources: Sequence[WeightSource]) -> None:
 
 def _offered(holding: Holding) -> PartOffer:
     manifest = holding.manifest
-    return PartOffer(Part(manifest.part), manifest.digest, manifest.nbytes)
+    return PartOffer(WeightsPart(manifest.part), manifest.digest, manifest.nbytes)

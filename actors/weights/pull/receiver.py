@@ -16,7 +16,7 @@ from pathlib import Path
 
 import zmq
 
-from actors.weights.manifest import Manifest, Part, bucket_digest
+from actors.weights.manifest import Manifest, WeightsPart, bucket_digest
 from actors.weights.offer import Keys, PartOffer, WeightsOffer
 from actors.weights.pull.connection import Connection
 from actors.weights.pull.memory import Memory, MemoryAddress, NoRoomError, host_identity
@@ -92,9 +92,9 @@ class WeightReceiver:
         self._root_of: tuple[str, bytes, Keys | None] = ("", b"", None)
         self._server: WeightServer | None = None
         self._server_keys: Keys | None = None
-        self._own: dict[Part, Own] = {}
-        self._older: dict[Part, Own] = {}  # the version before, where it couldn't be written over
-        self._mapped: dict[Part, tuple[MemoryAddress, Holding]] = {}
+        self._own: dict[WeightsPart, Own] = {}
+        self._older: dict[WeightsPart, Own] = {}  # the version before, where it couldn't be written over
+        self._mapped: dict[WeightsPart, tuple[MemoryAddress, Holding]] = {}
         self._loaded: set[str] = set()
         self._pull: Pull | None = None
         self._newest = (-1, -1)
@@ -138,7 +138,7 @@ class WeightReceiver:
         """The engine has loaded it: give leases back; frozen weights needn't come again."""
         with self._busy:
             for part in received.parts:
-                if part.manifest.part is Part.FROZEN:
+                if part.manifest.part is WeightsPart.FROZEN:
                     self._loaded.add(part.manifest.digest)
                 if part.is_mapped:
                     part.holding.memory.unclaim()
@@ -166,7 +166,7 @@ class WeightReceiver:
         return 0 if self._server is None else self._server.egress_bytes
 
     def _is_wanted(self, part: PartOffer) -> bool:
-        return part.part is not Part.FROZEN or part.digest not in self._loaded
+        return part.part is not WeightsPart.FROZEN or part.digest not in self._loaded
 
     def _forget(self) -> None:
         for own in (*self._own.values(), *self._older.values()):
@@ -309,7 +309,7 @@ class WeightReceiver:
             self._server.hold(own.holding)
         return own
 
-    def _retire(self, part: Part, before: Own | None, *, is_written_over: bool) -> None:
+    def _retire(self, part: WeightsPart, before: Own | None, *, is_written_over: bool) -> None:
         """There is a later version: the one before is served until the next one, if somebody is still pulling it."""
         older = self._older.pop(part, None)
         if older is not None:

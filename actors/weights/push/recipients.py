@@ -54,7 +54,7 @@ class Standing(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class PushResult:
     """What became of one generator.
 
     Attributes:
@@ -86,7 +86,7 @@ class PushReport:
 
     version: int
     digest: str
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[PushResult, ...]
     join_s: float
     send_s: float
 
@@ -108,7 +108,7 @@ class PushReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
+class PhaseDeadlines:
     """What parts of a push may take, in seconds.
 
     Attributes:
@@ -140,12 +140,12 @@ class FleetClient:
         """
         self.ports = tuple(ports)
         self._is_collective = is_collective
-        self.begin(Deadline(0.0), Shares(0.0, 0.0, 0.0), _nothing, lambda why: None)
+        self.begin(Deadline(0.0), PhaseDeadlines(0.0, 0.0, 0.0), _nothing, lambda why: None)
 
     def begin(
         self,
         deadline: Deadline,
-        shares: Shares,
+        shares: PhaseDeadlines,
         sent: Callable[[], VersionPrint],
         on_failure: Callable[[str], None],
     ) -> None:
@@ -162,7 +162,7 @@ class FleetClient:
         self._sent = sent
         self._on_failure = on_failure
         waiting = "its turn never came"
-        self.outcomes = {port.name: Outcome(port.name, Standing.UNTOUCHED, waiting) for port in self.ports}
+        self.outcomes = {port.name: PushResult(port.name, Standing.UNTOUCHED, waiting) for port in self.ports}
         self._going = list(self.ports)
         self.has_failed = False
         self._is_open = False
@@ -203,7 +203,7 @@ class FleetClient:
         finish = "finish the update"
         answers = self._ask(finish, lambda port: port.finish_weight_update(sent.version, digest), Standing.STALE)
         for name, answer in answers.items():
-            self.outcomes[name] = Outcome(name, Standing.CURRENT, answer=answer)
+            self.outcomes[name] = PushResult(name, Standing.CURRENT, answer=answer)
         self._going = []
         if self.has_failed:
             raise FleetError(self._blame())
@@ -213,7 +213,7 @@ class FleetClient:
         self.has_failed = True
         if self._is_open and port.workers > 1 and standing is not Standing.LOST:
             self._half_open.append(port)  # the workers that didn't fail still wait for the end of the session
-        self.outcomes[port.name] = Outcome(port.name, standing, why, is_at_fault)
+        self.outcomes[port.name] = PushResult(port.name, standing, why, is_at_fault)
         self._going = [other for other in self._going if other is not port]
 
     def abandon(self, why: str) -> None:
@@ -261,7 +261,7 @@ class FleetClient:
             until = Deadline(min(until.left_s, together_s + settle_s))
         if standing is Standing.STALE:
             for port in self._going:
-                self.outcomes[port.name] = Outcome(port.name, standing, f"was asked to {what}, and went no further")
+                self.outcomes[port.name] = PushResult(port.name, standing, f"was asked to {what}, and went no further")
         asked = {_called(call, port): port for port in self._going}
         answers: dict[str, Any] = {}
         pending = set(asked)

@@ -34,8 +34,8 @@ from actors.weights.push.recipients import (
     FleetClient,
     FleetError,
     GeneratorPort,
+    PhaseDeadlines,
     PushReport,
-    Shares,
 )
 from actors.weights.push.vllm_backends import CheckedNcclInitInfo
 from actors.weights.source import DTYPES
@@ -84,7 +84,7 @@ class CheckedNcclTrainer(NCCLTrainerWeightTransferEngine):
         self._device = device
         self._transfer_s = transfer_s
 
-    def meet(self, address: str, shares: Shares) -> None:
+    def meet(self, address: str, shares: PhaseDeadlines) -> None:
         """Make the group with the generators, on rank 0.
 
         Args:
@@ -328,9 +328,9 @@ class DeviceSender:
             engine.shutdown()
 
     @property
-    def _shares(self) -> Shares:
+    def _shares(self) -> PhaseDeadlines:
         whole_s = self._settings.deadline_s
-        return Shares(JOIN_SHARE * whole_s, TRANSFER_SHARE * whole_s, SETTLE_SHARE * whole_s)
+        return PhaseDeadlines(JOIN_SHARE * whole_s, TRANSFER_SHARE * whole_s, SETTLE_SHARE * whole_s)
 
     def _client_of(self, ports: Sequence[GeneratorPort]) -> FleetClient:
         return FleetClient(ports, is_collective=self._settings.backend == "nccl")

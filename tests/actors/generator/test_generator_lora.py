@@ -21,7 +21,7 @@ from actors.generator.vllm_engine import engine_environment
 from actors.model.lora import adapters, add_adapters
 from actors.trainer.policy_weights import policy_sources
 from actors.weights.canary import TEXT_CANARY
-from actors.weights.manifest import Part
+from actors.weights.manifest import WeightsPart
 from actors.weights.offer import WeightsOffer
 from actors.weights.pull.publisher import WeightPublisher
 from actors.weights.source import WeightSource
@@ -100,7 +100,7 @@ async def test_trainer_and_generator_agree_after_each_update_and_the_base_comes_
         await setup.generator.load_weights(offers[-1])
         await assert_agreement(setup)
     first, second = ({part.part: part.digest for part in offer.parts} for offer in offers)
-    assert first[Part.FROZEN] == second[Part.FROZEN]
+    assert first[WeightsPart.FROZEN] == second[WeightsPart.FROZEN]
     assert first != second
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 from actors.config import ModelConfig, TrainerConfig
 from actors.model.batches import ModelBatch, model_batch
 from actors.model.forward import completion_log_probs, load_model
-from actors.trainer.deepspeed_engine import Engine, Place, join
+from actors.trainer.deepspeed_engine import DeepSpeedEngine, Place, join
 from rollout.encoding import ExpandedPrompt
 
 RANKS = 2
@@ -36,7 +36,7 @@ def batch_of(rank: int) -> ModelBatch:
 def gradients(folder: Path, place: Place, budget_bytes: int) -> dict[str, Tensor]:
     """Every parameter's gradient of a forward pass alone, two forward passes and their backward passes."""
     trainer = TrainerConfig(zero_stage=3, steps=1)
-    engine = Engine(load_model(ModelConfig(path=folder, precision="float32")), trainer, "float32", place)
+    engine = DeepSpeedEngine(load_model(ModelConfig(path=folder, precision="float32")), trainer, "float32", place)
     batch = batch_of(place.rank)
     with torch.no_grad():
         completion_log_probs(engine.engine, batch, temperature=0.9, budget_bytes=budget_bytes)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import ray
 
-from actors.calls import Share
+from actors.calls import ActorResources
 from actors.reward.server import RewardSpec, start_reward_server
 from reward.config import RewardComponentConfig, RewardConfig
 from rollout.failures import Failure, FailureError, FailureKind
@@ -113,5 +113,5 @@ async def test_a_server_whose_function_does_not_exist_does_not_start(tmp_path: P
 
 async def test_a_server_whose_resources_are_nowhere_gives_up_at_the_deadline(tmp_path: Path) -> None:
     with pytest.raises(FailureError, match="resources") as caught:
-        await start_reward_server(spec(tmp_path), Share(custom={"nowhere": 1}), deadline_s=3)
+        await start_reward_server(spec(tmp_path), ActorResources(custom={"nowhere": 1}), deadline_s=3)
     assert caught.value.failure.kind is FailureKind.INFRASTRUCTURE

@@ -17,7 +17,7 @@ import torch
 from actors.config import DeadlineConfig, FreezeConfig, ModelConfig, TrainerConfig, WeightsConfig
 from actors.trainer.policy import PolicyGroup, PolicySpec
 from actors.weights.canary import TEXT_CANARY, TOLERANCE_NATS, Canaries, compare_canaries
-from actors.weights.manifest import Part
+from actors.weights.manifest import WeightsPart
 from actors.weights.offer import WeightsOffer
 from actors.weights.pull.receiver import WeightReceiver
 from actors.weights.source import WeightSource, is_frozen, is_trained, module_tensors
@@ -50,9 +50,9 @@ class Published:
     """
 
     offers: list[WeightsOffer]
-    content: dict[Part, bytes]
-    names: dict[Part, list[str]]
-    parts: list[list[Part]]
+    content: dict[WeightsPart, bytes]
+    names: dict[WeightsPart, list[str]]
+    parts: list[list[WeightsPart]]
     canaries: Canaries
     unpublished: list[list[str]]
 
@@ -156,25 +156,25 @@ def plain(model: ModelConfig, folder: Path) -> PlainTrainer:
 
 
 def test_a_version_has_the_bytes_of_the_plain_model_whatever_the_ranks_and_the_zero_stage(published, plain):
-    for part, wanted in ((Part.TRAINED, is_trained), (Part.FROZEN, is_frozen)):
+    for part, wanted in ((WeightsPart.TRAINED, is_trained), (WeightsPart.FROZEN, is_frozen)):
         source = WeightSource(module_tensors(plain.model, "float32", wanted), gather_bytes=1 << 20, part=part)
         assert published.names[part] == [tensor.name for tensor in source.tensors]
         assert published.content[part] == bytes_of(source)
 
 
 def test_every_weight_travels_in_one_part_and_tied_ones_once(published, plain):
-    names = published.names[Part.TRAINED] + published.names[Part.FROZEN]
+    names = published.names[WeightsPart.TRAINED] + published.names[WeightsPart.FROZEN]
     assert sorted(names) == sorted(name for name, _ in plain.model.named_parameters())
     assert "lm_head.weight" not in names
-    assert published.names[Part.FROZEN]
-    assert all(name.startswith("model.visual.") for name in published.names[Part.FROZEN])
+    assert published.names[WeightsPart.FROZEN]
+    assert all(name.startswith("model.visual.") for name in published.names[WeightsPart.FROZEN])
 
 
 def test_frozen_weights_are_sent_once(published):
     frozen = [offer.parts[0] for offer in published.offers]
-    assert [part.part for part in frozen] == [Part.FROZEN] * 3
+    assert [part.part for part in frozen] == [WeightsPart.FROZEN] * 3
     assert len({part.digest for part in frozen}) == 1
-    assert published.parts == [[Part.FROZEN, Part.TRAINED], [Part.TRAINED]]
+    assert published.parts == [[WeightsPart.FROZEN, WeightsPart.TRAINED], [WeightsPart.TRAINED]]
     assert len({offer.trained.digest for offer in published.offers}) == 3
 
 

@@ -29,7 +29,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from actors.weights.manifest import Manifest, Part
+from actors.weights.manifest import Manifest, WeightsPart
 from actors.weights.offer import WeightsOffer
 from actors.weights.pull import memory as memory_module
 from actors.weights.pull import publisher as publisher_module
@@ -242,16 +242,16 @@ class Publishes:
             self.publisher._host_identity = "elsewhere"
 
     def publish(self, version: int, seed: int = 0) -> str:
-        trained = self._source(trained_tensors(version, seed, self._scale), Part.TRAINED)
-        offer = self.publisher.publish(version, trained, self._source(frozen_tensors(), Part.FROZEN))
+        trained = self._source(trained_tensors(version, seed, self._scale), WeightsPart.TRAINED)
+        offer = self.publisher.publish(version, trained, self._source(frozen_tensors(), WeightsPart.FROZEN))
         STEPS.reach("published")
         return packed(offer)
 
     def egress(self) -> int:
         return self.publisher.server.egress_bytes
 
-    def _source(self, tensors: dict[str, Tensor], part: Part) -> WeightSource:
-        middle = list(tensors)[len(tensors) // 2] if part is Part.TRAINED else None
+    def _source(self, tensors: dict[str, Tensor], part: WeightsPart) -> WeightSource:
+        middle = list(tensors)[len(tensors) // 2] if part is WeightsPart.TRAINED else None
 
         def read(name: str) -> Tensor:
             if name == middle:
@@ -301,7 +301,7 @@ class Receives:
 
     def damage(self, part: str = "trained") -> None:
         """Flip a bit of what this process serves."""
-        holding: Holding = self.receiver._own[Part(part)].holding
+        holding: Holding = self.receiver._own[WeightsPart(part)].holding
         holding.memory.view[holding.manifest.nbytes // 2] ^= 1
 
     def limit(self, spare_bytes: int | None) -> None:

@@ -17,8 +17,8 @@ from actors.weights.manifest import (
     DTYPE_BYTES,
     Manifest,
     ManifestError,
-    Part,
     TensorEntry,
+    WeightsPart,
     bucket_count,
     bucket_digest,
     plan_layout,
@@ -33,7 +33,7 @@ def manifest_of(
 ) -> Manifest:
     entries, nbytes = plan_layout([(f"t{i}", dtype, shape) for i, (dtype, shape) in enumerate(layout)])
     digests = tuple(bucket_digest(bytes([i])) for i in range(bucket_count(nbytes, bucket_bytes)))
-    values = {"epoch": 5, "version": 3, "part": Part.TRAINED, "attributes": "{}", **fields}
+    values = {"epoch": 5, "version": 3, "part": WeightsPart.TRAINED, "attributes": "{}", **fields}
     return Manifest(nbytes=nbytes, bucket_bytes=bucket_bytes, tensors=entries, digests=digests, **values)
 
 
@@ -44,7 +44,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         draw(st.integers(1, 4)) * ALIGNMENT,
         epoch=draw(st.integers(0, 2**63)),
         version=draw(st.integers(0, 10**6)),
-        part=draw(st.sampled_from(Part)),
+        part=draw(st.sampled_from(WeightsPart)),
         attributes=draw(st.text(max_size=9)),
     )
 
@@ -117,7 +117,7 @@ def test_any_change_changes_the_digest(manifest, data):
     others = {
         "epoch": st.just(manifest.epoch + 1),
         "version": st.just(manifest.version + 1),
-        "part": st.sampled_from([part for part in Part if part is not manifest.part]),
+        "part": st.sampled_from([part for part in WeightsPart if part is not manifest.part]),
         "nbytes": st.just(manifest.nbytes + 1),
         "bucket_bytes": st.just(manifest.bucket_bytes + ALIGNMENT),
         "tensors": st.sampled_from(
@@ -176,8 +176,8 @@ REST = [[t.name, t.dtype, list(t.shape), t.offset, t.nbytes] for t in EXAMPLE.te
         ("epoch", 5.0, "float where int"),
         ("version", None, "NoneType where int"),
         ("version", True, "bool where int"),
-        ("part", "head", "not a valid Part"),
-        ("part", ["trained"], "not a valid Part"),
+        ("part", "head", "not a valid WeightsPart"),
+        ("part", ["trained"], "not a valid WeightsPart"),
         ("nbytes", -1, "-1 bytes"),
         ("nbytes", EXAMPLE.nbytes - 1, "t3 lies outside"),
         ("nbytes", 10**9, "digests for"),

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actors.weights.manifest import Manifest, Part, TensorEntry
+from actors.weights.manifest import Manifest, TensorEntry, WeightsPart
 from actors.weights.pull.delta import Delta
 from actors.weights.pull.memory import Memory
 from actors.weights.pull.server import Holding
@@ -28,7 +28,11 @@ def random_tensors(*sizes: int, seed: int = 0, dtype: torch.dtype = torch.float3
 
 
 def source_of(
-    tensors: Sequence[Tensor], *, part: Part = Part.TRAINED, precision: str | None = None, prefix: str = "t"
+    tensors: Sequence[Tensor],
+    *,
+    part: WeightsPart = WeightsPart.TRAINED,
+    precision: str | None = None,
+    prefix: str = "t",
 ) -> WeightSource:
     """A source that reads these tensors as they are when it is read."""
 

@@ -1,4 +1,4 @@
-"""Groups from admission to the batch, with voices that die, fail and refuse: nothing is lost, hung for, or made up."""
+"""Groups from admission to the batch, with roles that die, fail and refuse: nothing is lost, hung for, or made up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from orchestrator.roles.fleet import GeneratorFleet
-from orchestrator.roles.rewards import MAX_RESTARTS, Scorer
+from orchestrator.roles.rewards import MAX_RESTARTS, Rewards
 from orchestrator.step.rollouts import EQUAL_REWARDS, MAX_EQUAL_BATCHES, Batch, Rollouts
 from rollout.config import RolloutConfig
 from rollout.cursor import PromptCursor
@@ -34,13 +34,13 @@ from tests.orchestrator.stand_ins import (
 
 @dataclass
 class Stage:
-    """Rollouts with their stand-in voices."""
+    """Rollouts with their stand-in roles."""
 
     rollouts: Rollouts
     fleet: GeneratorFleet
     generators: Generators
     rewards: RewardServer
-    scorer: Scorer
+    scorer: Rewards
     cursor: PromptCursor
     ledger: Ledger
     events: Events
@@ -67,7 +67,7 @@ def by_index(text: str) -> float:
 
 @pytest_asyncio.fixture
 async def stage(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
-    """Puts voices and rollouts together; at the end the account must be balanced with nothing open."""
+    """Puts roles and rollouts together; at the end the account must be balanced with nothing open."""
     made: list[Stage] = []
 
     async def make(*, prompts: int = 24, replicas: int = 1, steps: int = 10, seed: int = 0, **settings: Any) -> Stage:

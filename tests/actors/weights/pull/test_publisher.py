@@ -12,7 +12,7 @@ import pytest
 import torch
 import zmq
 
-from actors.weights.manifest import Part
+from actors.weights.manifest import WeightsPart
 from actors.weights.offer import WeightsOffer
 from actors.weights.pull.connection import Connection, GoneError
 from actors.weights.pull.memory import Memory
@@ -48,11 +48,13 @@ def test_an_offer_names_both_parts_and_frozen_weights_are_read_once(new_publishe
         read.append("f")
         return torch.ones(300)
 
-    frozen = WeightSource([SourceTensor("f", "float32", (300,), (), ones)], gather_bytes=1 << 20, part=Part.FROZEN)
+    frozen = WeightSource(
+        [SourceTensor("f", "float32", (300,), (), ones)], gather_bytes=1 << 20, part=WeightsPart.FROZEN
+    )
     publisher = new_publisher(epoch=7)
     first, second = (publisher.publish(version, version_of(version), frozen) for version in (1, 2))
     assert read == ["f"]
-    assert [part.part for part in first.parts] == [Part.FROZEN, Part.TRAINED]
+    assert [part.part for part in first.parts] == [WeightsPart.FROZEN, WeightsPart.TRAINED]
     assert first.parts[0] == second.parts[0]
     assert first.parts[1] != second.parts[1] == second.trained
     assert (second.order, second.nbytes, second.parts[0].nbytes) == ((7, 2), 4 * COUNT, 1200)

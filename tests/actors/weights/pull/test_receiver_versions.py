@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from actors.weights.manifest import Part
+from actors.weights.manifest import WeightsPart
 from actors.weights.offer import WeightsOffer
 from actors.weights.pull.publisher import WeightPublisher
 from actors.weights.pull.receiver import ReceivedWeights, WeightReceiver
@@ -23,7 +23,7 @@ BUCKET_BYTES = 1024
 """256 elements of 4 bytes."""
 VALUES = random_tensors(1008, 1552)
 """10,240 bytes: the first tensor has 63 times 64 of them, so there is no gap before the second."""
-FROZEN = source_of(random_tensors(700, seed=9), part=Part.FROZEN, prefix="f")
+FROZEN = source_of(random_tensors(700, seed=9), part=WeightsPart.FROZEN, prefix="f")
 
 
 def in_bucket(*buckets: int) -> list[int]:
@@ -87,7 +87,7 @@ def test_what_a_later_publisher_has_unchanged_isnt_pulled_again(new_publisher, n
     later = new_publisher(is_encrypted=is_encrypted).publish(5, source_of(changed(VALUES, *in_bucket(2))), FROZEN)
     received = taken(receiver, later)
     assert received.received_bytes == BUCKET_BYTES
-    assert [part.manifest.part for part in received.parts] == [Part.FROZEN, Part.TRAINED]
+    assert [part.manifest.part for part in received.parts] == [WeightsPart.FROZEN, WeightsPart.TRAINED]
     assert bytes(received.parts[0].holding.memory.view) == bytes_of(FROZEN)
 
 
@@ -96,8 +96,8 @@ def test_frozen_weights_are_pulled_and_loaded_once(new_publisher, new_receiver):
     first = taken(receiver, publisher.publish(1, source_of(VALUES), FROZEN))
     second = taken(receiver, publisher.publish(2, source_of(VALUES), FROZEN))
     assert [[part.manifest.part for part in each.parts] for each in (first, second)] == [
-        [Part.FROZEN, Part.TRAINED],
-        [Part.TRAINED],
+        [WeightsPart.FROZEN, WeightsPart.TRAINED],
+        [WeightsPart.TRAINED],
     ]
     assert bytes(first.parts[0].holding.memory.view) == bytes_of(FROZEN)
     assert (first.received_bytes, second.received_bytes) == (FROZEN.nbytes + 10_240, 0)
@@ -109,7 +109,7 @@ def test_frozen_weights_that_were_received_but_not_loaded_are_loaded_next_time_w
     publisher, receiver = new_publisher(), new_receiver()
     receiver.receive(publisher.publish(1, source_of(VALUES), FROZEN), DEADLINE_S)
     received = receiver.receive(publisher.publish(2, source_of(VALUES), FROZEN), DEADLINE_S)
-    assert [part.manifest.part for part in received.parts] == [Part.FROZEN, Part.TRAINED]
+    assert [part.manifest.part for part in received.parts] == [WeightsPart.FROZEN, WeightsPart.TRAINED]
     assert received.received_bytes == 0
 
 
@@ -121,16 +121,16 @@ def test_everything_can_be_made_to_come_again(new_publisher, new_receiver, way):
     if way == "forget_loaded":
         receiver.forget_loaded()
     received = receiver.receive(offer, DEADLINE_S, anew=way == "anew")
-    assert [part.manifest.part for part in received.parts] == [Part.FROZEN, Part.TRAINED]
+    assert [part.manifest.part for part in received.parts] == [WeightsPart.FROZEN, WeightsPart.TRAINED]
     assert received.received_bytes == FROZEN.nbytes + 10_240
     assert content_of(received) == bytes_of(source_of(VALUES))
 
 
 def test_an_adapter_travels_with_its_attributes_beside_the_frozen_weights(new_publisher, new_receiver):
-    adapter = source_of(random_tensors(10), part=Part.ADAPTER)
+    adapter = source_of(random_tensors(10), part=WeightsPart.ADAPTER)
     adapter.attributes = '{"r": 8}'
     received = taken(new_receiver(), new_publisher().publish(1, adapter, FROZEN))
-    assert [part.manifest.part for part in received.parts] == [Part.FROZEN, Part.ADAPTER]
+    assert [part.manifest.part for part in received.parts] == [WeightsPart.FROZEN, WeightsPart.ADAPTER]
     assert received.parts[1].manifest.attributes == '{"r": 8}'
     assert content_of(received) == bytes_of(adapter)
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from actors.weights.manifest import Part, bucket_digest
+from actors.weights.manifest import WeightsPart, bucket_digest
 from actors.weights.pull.delta import DELTA_SHARE, apply_delta
 from actors.weights.pull.memory import Memory
 from actors.weights.pull.server import Holding
@@ -212,7 +212,7 @@ def test_another_layout_bucket_size_or_part_has_no_delta():
     base, _ = written(source, memory)
     others = [
         replace(base, bucket_bytes=2 * base.bucket_bytes),
-        replace(base, part=Part.FROZEN),
+        replace(base, part=WeightsPart.FROZEN),
         replace(base, tensors=base.tensors[:1]),
     ]
     assert [written(source, memory, base=Holding(other, memory))[1] for other in others] == [None] * 3

@@ -17,7 +17,7 @@ from torch import distributed
 
 from actors.config import ModelConfig, TrainerConfig
 from actors.model.forward import load_model
-from actors.trainer.deepspeed_engine import Engine, Place, join
+from actors.trainer.deepspeed_engine import DeepSpeedEngine, Place, join
 from actors.weights.push.sender import DeviceSender, PushSettings
 from actors.weights.source import module_tensors
 from tests.actors.weights.push.push_peer import PeerPort
@@ -38,7 +38,7 @@ def main() -> None:
     store = distributed.TCPStore("127.0.0.1", int(port), RANKS, is_master=False, timeout=deadline)
     join(place, store, 120.0)
     trainer = TrainerConfig(zero_stage=3, steps=1)
-    engine = Engine(load_model(ModelConfig(path=Path(folder), precision="float32")), trainer, "float32", place)
+    engine = DeepSpeedEngine(load_model(ModelConfig(path=Path(folder), precision="float32")), trainer, "float32", place)
     tensors = module_tensors(engine.module, "bfloat16")
     settings = PushSettings("nccl", "127.0.0.1", 30.0, gather_bytes=100_000, buffer_bytes=150_000)
     sender = DeviceSender(tensors, settings, rank=place.rank, device=torch.device("cpu"))

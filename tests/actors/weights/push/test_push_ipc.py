@@ -17,7 +17,7 @@ from actors.weights.push.device_digest import VersionPrint
 from actors.weights.push.device_tensors import PushSource
 from actors.weights.push.group import Deadline
 from actors.weights.push.ipc_handles import HandleError, from_plain, to_plain
-from actors.weights.push.recipients import FleetClient, FleetError, Shares, Standing
+from actors.weights.push.recipients import FleetClient, FleetError, PhaseDeadlines, Standing
 from actors.weights.push.sender import CheckedIpcTrainer, DeviceSender, PushSettings
 from actors.weights.push.vllm_backends import CheckedIpcEngine, Intake, NotLoadedError
 from tests.actors.weights.push.push_peer import ToyModel, policy_tensors
@@ -184,7 +184,7 @@ def source() -> PushSource:
 
 def begun(source: PushSource, *ports: Port) -> FleetClient:
     client = FleetClient(ports, is_collective=False)
-    client.begin(Deadline(5.0), Shares(1.0, 1.0, 1.0), lambda: source.print_of(7), lambda why: None)
+    client.begin(Deadline(5.0), PhaseDeadlines(1.0, 1.0, 1.0), lambda: source.print_of(7), lambda why: None)
     return client
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from actors.config import GeneratorConfig
 from actors.generator.vllm_engine import end_processes, engine_environment, engine_processes
-from actors.weights.manifest import ALIGNMENT, Manifest, Part, bucket_count, plan_layout
+from actors.weights.manifest import ALIGNMENT, Manifest, WeightsPart, bucket_count, plan_layout
 from actors.weights.plugin import IPC_BACKEND, NCCL_BACKEND
 from actors.weights.push.recipients import PushReport, Standing
 from actors.weights.push.sender import DeviceSender, PushSettings
@@ -296,7 +296,7 @@ def written(tensors: Iterable[SourceTensor], path: Path) -> Manifest:
     path.write_bytes(content.tobytes())
     bucket_bytes = ALIGNMENT << 20
     digests = tuple(bytes(16) for _ in range(bucket_count(nbytes, bucket_bytes)))
-    return Manifest(0, 77, Part.TRAINED, nbytes, bucket_bytes, entries, digests)
+    return Manifest(0, 77, WeightsPart.TRAINED, nbytes, bucket_bytes, entries, digests)
 
 
 @pytest.mark.engine
