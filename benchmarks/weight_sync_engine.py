@@ -155,7 +155,8 @@ class EngineSink:
     """A generator with its engine, without Ray."""
 
     def __init__(self, folder: Path, dtype: str, maps_memory: bool) -> None:
-        from actors.generator.generator import Generator, GeneratorSpec
+        from actors.generator.generator import Generator
+        from actors.generator.spec import GeneratorSpec
 
         self._runner = asyncio.Runner()
         spec = GeneratorSpec(
@@ -264,8 +265,8 @@ class DemoRun:
 @contextlib.asynccontextmanager
 async def _roles(folder: Path, versions: int) -> AsyncIterator[tuple[Any, Any]]:
     """The trainer and the fleet of one generator, over Ray, as a run starts them."""
-    from actors.generator.generator import GeneratorSpec
     from actors.generator.handle import GeneratorHandle
+    from actors.generator.spec import GeneratorSpec
     from actors.trainer.policy import PolicyGroup, PolicySpec
     from algorithms.config import AlgorithmConfig
     from orchestrator.cluster import ray_cluster

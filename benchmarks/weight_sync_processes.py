@@ -25,8 +25,9 @@ from actors.config import GeneratorConfig
 from actors.generator.vllm_engine import engine_environment
 from actors.weights.offer import WeightsOffer
 from actors.weights.pull.publisher import WeightPublisher
-from actors.weights.pull.receiver import ReceiverSettings, WeightReceiver
-from actors.weights.source import DTYPES, WeightSource, module_tensors
+from actors.weights.pull.pull import ReceiverSettings
+from actors.weights.pull.receiver import WeightReceiver
+from actors.weights.source import DTYPES, PolicyPartSource, module_tensors
 
 DEADLINE_S = 240.0
 WIDTH = 1024
@@ -213,9 +214,9 @@ class Trainer(MemoryGauge):
         self, module: nn.Module, dtype: str, bucket_bytes: int, has_delta: bool = False, is_encrypted: bool = True
     ) -> None:
         self._words = [each.data.view(WORDS[each.dtype]).view(-1) for each in module.parameters()]
-        self._source = WeightSource(module_tensors(module, dtype), gather_bytes=bucket_bytes)
+        self._source = PolicyPartSource(module_tensors(module, dtype), gather_bytes=bucket_bytes)
         small = nn.Linear(64, 64, bias=False, dtype=DTYPES[dtype])
-        self._small = WeightSource(module_tensors(small, dtype), gather_bytes=bucket_bytes)
+        self._small = PolicyPartSource(module_tensors(small, dtype), gather_bytes=bucket_bytes)
         self._random = torch.Generator().manual_seed(1)
         self.publisher = WeightPublisher(bucket_bytes=bucket_bytes, has_delta=has_delta, is_encrypted=is_encrypted)
 
@@ -281,7 +282,7 @@ class Sink(MemoryGauge):
         """Get a version."""
         received = self._receiver.receive(offer, DEADLINE_S)
         ended = time.perf_counter()
-        is_on_disk = any(part.holding.memory.is_on_disk for part in received.parts)
+        is_on_disk = any(part.held.memory.is_on_disk for part in received.parts)
         self._receiver.loaded(received)
         if is_on_disk:
             raise RuntimeError("the version didn't fit into memory and went to disk; give a smaller --gib")

@@ -11,7 +11,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from actors.calls import ActorResources
-from actors.generator.generator import Generator, GeneratorSpec, GeneratorStats
+from actors.generator.generator import Generator
+from actors.generator.spec import GeneratorSpec
 from actors.generator.vllm_engine import engine_environment
 from actors.weights.canary import Canaries, CanaryReport
 from actors.weights.offer import WeightsOffer, WeightsReceipt
@@ -22,7 +23,6 @@ from rollout.prompts import Prompt
 from rollout.samples import Generation
 
 MAX_CONCURRENCY = 4096
-PROBE_S = 10.0
 
 
 class GeneratorHandle:
@@ -102,16 +102,6 @@ class GeneratorHandle:
     async def sleep(self, level: int) -> None:
         """Have it give its memory to the trainer until the next version comes; see :meth:`Generator.sleep`."""
         await self._call("sleep", "fall asleep", 2 * self.spec.deadlines.generate_s, level)
-
-    async def policy_version(self) -> int:
-        """The version it serves."""
-        version: int = await self._call("policy_version", "tell its version", PROBE_S)
-        return version
-
-    async def stats(self) -> GeneratorStats:
-        """Load and totals."""
-        stats: GeneratorStats = await self._call("stats", "report", PROBE_S)
-        return stats
 
     async def stop(self) -> None:
         """End the engine, then the actor; the actor in any case, within `deadlines.stop_s`."""

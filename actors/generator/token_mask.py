@@ -1,7 +1,7 @@
-"""A vLLM logits processor that bans tokens for the whole engine: media placeholders, behind which no feature stands.
+"""A vLLM logits processor that bans media placeholder tokens, which have no image features when they are sampled.
 
-It costs one indexed fill a decoding step, whatever the number of requests. Its effect is in vLLM's processed
-log-probabilities, so the trainer has to mask the same tokens in its log-softmax.
+It costs one indexed fill per decoding step, independent of the number of requests. vLLM's processed log-probabilities
+include it, so the trainer masks the same tokens in its log-softmax.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CONFIG_KEY = "counterpoint_banned_token_ids"
 
 
 class BannedTokens(LogitsProcessor):
-    """Sets the logits of banned tokens to minus infinity. Reads their ids from the engine's `additional_config`."""
+    """Sets the logits of banned tokens to minus infinity. Their ids stand in the vLLM engine's `additional_config`."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         additional = vllm_config.additional_config
@@ -26,11 +26,11 @@ class BannedTokens(LogitsProcessor):
         self._token_ids = torch.tensor(list(token_ids), dtype=torch.int64, device=device)
 
     def is_argmax_invariant(self) -> bool:
-        """A banned token may have had the highest logit."""
+        """False: a banned token may have had the highest logit."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """The same for every request: nothing to follow."""
+        """Nothing: the mask is the same for every request."""
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Mask [requests, vocabulary] logits in place."""

@@ -1,51 +1,49 @@
-"""How a generator's vLLM engine is set up and ended. vLLM itself is imported only when an engine is made."""
+"""Arguments, environment and processes of a generator's vLLM engine. vLLM is imported only when an engine is made."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
 from actors.config import GeneratorConfig, ModelConfig
-
-if TYPE_CHECKING:
-    from actors.generator.generator import GeneratorSpec
+from actors.generator.spec import GeneratorSpec
 
 CPU_BATCHED_TOKENS = 8192
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM makes room for."""
+"""Maximum ranks that vLLM accepts (`max_lora_rank`)."""
 GIB = 1 << 30
 
 
 def engine_environment(config: GeneratorConfig) -> dict[str, str]:
-    """Environment of a generator's process and its engine. Has to be set before vLLM is imported."""
+    """Environment variables of a generator's process and its vLLM engine, set before vLLM is imported."""
     return {
         "OMP_NUM_THREADS": str(config.threads),
         "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker lives in the engine's process: one start-up less
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker runs in the engine core's process, which saves a start-up
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are shared with the trainer
         "VLLM_LOGGING_LEVEL": "WARNING",
-        # keep freed memory: a weight update on CPU makes every layer anew, and fresh pages cost more than the copies
+        # keep freed memory: a weight update on CPU reallocates every layer, and fresh pages cost more than the copies
         "MALLOC_MMAP_THRESHOLD_": str(GIB),
         "MALLOC_TRIM_THRESHOLD_": str(64 * GIB),
-        "MALLOC_ARENA_MAX": "1",  # so that the thread that stages a version takes what an older one's left
+        "MALLOC_ARENA_MAX": "1",  # so that the staging thread reuses the memory that an older version has freed
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
 
 
 def engine_args(spec: GeneratorSpec, banned_token_ids: Sequence[int]) -> Any:
-    """vLLM's AsyncEngineArgs for a generator, on the platform that the installed vLLM serves."""
+    """vLLM's AsyncEngineArgs for a generator, on the platform of the installed vLLM."""
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
     from actors.generator.token_mask import CONFIG_KEY
-    from actors.weights.plugin import BACKEND, IPC_BACKEND, NCCL_BACKEND
+    from actors.weights.plugin import IPC_BACKEND, NCCL_BACKEND, ZMQ_BACKEND
 
     model, config = spec.model, spec.config
-    backends = {"zmq": BACKEND, "nccl": NCCL_BACKEND, "ipc": IPC_BACKEND}
+    backends = {"zmq": ZMQ_BACKEND, "nccl": NCCL_BACKEND, "ipc": IPC_BACKEND}
     platform: dict[str, Any] = {
         "gpu_memory_utilization": config.gpu_memory_share,
         "enable_sleep_mode": config.sleep_level > 0,
@@ -54,7 +52,7 @@ def engine_args(spec: GeneratorSpec, banned_token_ids: Sequence[int]) -> Any:
         platform = {
             "kv_cache_memory_bytes": int(config.kv_cache_gib * GIB),
             "skip_mm_profiling": True,
-            # vLLM's CPU sampler can't rewind a seeded request whose prompt is prefilled in parts
+            # vLLM's CPU sampler cannot rewind a seeded request whose prompt is prefilled in chunks
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(model.max_length, CPU_BATCHED_TOKENS),
         }
@@ -83,7 +81,7 @@ def engine_args(spec: GeneratorSpec, banned_token_ids: Sequence[int]) -> Any:
 
 
 def _lora_args(model: ModelConfig) -> dict[str, Any]:
-    """Room for the one adapter that all requests share; nothing where generators get whole weights."""
+    """Arguments for the one adapter that all requests share; empty where generators receive whole weights."""
     if model.lora is None or model.lora.sync != "adapter":
         return {}
     return {
@@ -95,7 +93,7 @@ def _lora_args(model: ModelConfig) -> dict[str, Any]:
 
 
 def engine_processes(engine: Any) -> list[psutil.Process]:
-    """The engine's processes: children of this one, among which other projects' may be."""
+    """The vLLM engine's processes. Other children of this process are left out."""
     manager = getattr(engine.engine_core.resources, "engine_manager", None)
     own: list[psutil.Process] = []
     for process in getattr(manager, "processes", ()):
@@ -108,7 +106,7 @@ def engine_processes(engine: Any) -> list[psutil.Process]:
 
 
 def end_processes(processes: list[psutil.Process], deadline_s: float) -> None:
-    """Kill what is still alive and wait until it is gone."""
+    """Kill the processes that still run and wait for their end, at most `deadline_s`."""
     alive = [process for process in processes if process.is_running()]
     for process in alive:
         try:

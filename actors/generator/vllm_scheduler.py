@@ -1,8 +1,8 @@
-"""vLLM's scheduler, whose cached prefixes can be forgotten while requests run.
+"""vLLM's scheduler with a prefix cache that can be reset while requests run.
 
-vLLM forgets them only where nothing runs, or where everything that runs is computed anew. Between two versions that
-isn't enough: a request that waits while weights are loaded would find its prompt as the old weights computed it, and
-sample all of its tokens with the new ones. Imported in the engine's process.
+vLLM itself resets the prefix cache only where no request runs, or where all running requests are recomputed. A weight
+update needs more: a request that waits while weights are loaded would find its prompt cached by the old weights and
+sample all of its tokens with the new ones. Imported in the engine core's process.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ else:
 
 
 def make_scheduler(*, vllm_config: Any, **arguments: Any) -> Scheduler:
-    """For vLLM, which calls it where it would make its own scheduler."""
+    """Make the scheduler; vLLM calls it by name (`scheduler_cls`)."""
     is_asynchronous = vllm_config.scheduler_config.async_scheduling
-    made = ForgettingAsyncScheduler if is_asynchronous else ForgettingScheduler
+    made = ResettableAsyncScheduler if is_asynchronous else ResettableScheduler
     return made(vllm_config=vllm_config, **arguments)
 
 
-class _Forgetting(Base):
+class _ResettablePrefixCache(Base):
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        """Forget all cached prefixes. Running requests keep the blocks that they have, and nobody else finds them.
+        """Reset the prefix cache. Running requests keep their blocks, which no other request finds any more.
 
         Args:
-            reset_running_requests: compute running requests anew, too.
-            reset_connector: forget those outside of this engine, too.
+            reset_running_requests: recompute running requests, too.
+            reset_connector: reset the cache outside of this engine, too.
         """
         if reset_running_requests or reset_connector:
             return super().reset_prefix_cache(reset_running_requests, reset_connector)
@@ -41,9 +41,9 @@ class _Forgetting(Base):
         return True
 
 
-class ForgettingScheduler(_Forgetting, Scheduler):
-    """Where each step waits for the one before."""
+class ResettableScheduler(_ResettablePrefixCache, Scheduler):
+    """Synchronous: each step waits for the one before."""
 
 
-class ForgettingAsyncScheduler(_Forgetting, AsyncScheduler):
-    """Where steps are scheduled ahead."""
+class ResettableAsyncScheduler(_ResettablePrefixCache, AsyncScheduler):
+    """Asynchronous: steps are scheduled ahead."""

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from actors.config import LoraConfig, ModelConfig
 from actors.model.forward import LANGUAGE_MODELS, PROJECTORS, VISION_TOWERS, auto_class, outermost
-from actors.weights.source import full_shape
-from actors.weights.tensors import SourceTensor
+from actors.weights.source import SourceTensor, full_shape
 
 if TYPE_CHECKING:
     import peft

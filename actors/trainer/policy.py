@@ -133,13 +133,13 @@ class PolicyRank(Rank):
     def unpublished(self) -> list[str]:
         """Tensors whose weights aren't what was published last, by name; rank 0 finds out, all ranks call."""
         from actors.weights.pull.publisher import read_on_other_ranks
-        from actors.weights.pull.writer import Comparison
+        from actors.weights.pull.writer import PublishedComparison
 
         sources = [source for source in self.sources or () if source is not None]
         if self.publisher is None:
             read_on_other_ranks(sources)
             return []
-        comparison = Comparison(self.publisher.holdings)
+        comparison = PublishedComparison(self.publisher.held_parts)
         for source in sources:
             source.read(comparison)
         return comparison.different

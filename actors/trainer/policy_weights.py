@@ -8,10 +8,12 @@ from typing import Any
 from actors.config import ModelConfig
 from actors.model.lora import adapter_config, adapter_tensors, base_tensors, merged_tensors, plain_tensors
 from actors.weights.manifest import WeightsPart
-from actors.weights.source import WeightSource, is_frozen, is_trained, module_tensors
+from actors.weights.source import PolicyPartSource, is_frozen, is_trained, module_tensors
 
 
-def policy_sources(module: Any, model: ModelConfig, gather_bytes: int) -> tuple[WeightSource, WeightSource | None]:
+def policy_sources(
+    module: Any, model: ModelConfig, gather_bytes: int
+) -> tuple[PolicyPartSource, PolicyPartSource | None]:
     """What changes, and all the rest, or None where that is nothing.
 
     Args:
@@ -33,8 +35,8 @@ def policy_sources(module: Any, model: ModelConfig, gather_bytes: int) -> tuple[
     else:
         part, attributes = WeightsPart.ADAPTER, json.dumps(adapter_config(lora, module), sort_keys=True)
         changing, rest = adapter_tensors(module, precision), base_tensors(module, precision)
-    frozen = WeightSource(rest, gather_bytes=gather_bytes, part=WeightsPart.FROZEN) if rest else None
-    return WeightSource(changing, gather_bytes=gather_bytes, part=part, attributes=attributes), frozen
+    frozen = PolicyPartSource(rest, gather_bytes=gather_bytes, part=WeightsPart.FROZEN) if rest else None
+    return PolicyPartSource(changing, gather_bytes=gather_bytes, part=part, attributes=attributes), frozen
 
 
 def _block(name: str) -> str:

@@ -1,6 +1,6 @@
-"""Canaries: a few fixed sequences whose log-probabilities trainer and generator must agree on after each update.
+"""Canaries: sequences whose log-probabilities prove a weight update, because trainer and generator must agree on them.
 
-A digest proves that the bytes arrived; a canary proves that the engine computes with them. Pure.
+A digest proves that the bytes arrived; a canary proves that the vLLM engine computes with them. Pure.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from numpy.typing import NDArray
 from rollout.prompts import Message, Prompt, TextPart
 
 TOLERANCE_NATS = {"float32": 1e-4, "bfloat16": 0.05}
-"""Mean gap of a canary's tokens, by the dtype that trainer and generator compute in."""
+"""Largest mean gap over a canary's tokens, by the dtype that trainer and generator compute in."""
 TEXT_CANARY = Prompt((Message("user", (TextPart("The five boxing wizards jump quickly."),)),))
-"""A canary without media, in any run."""
+"""The prompt of the text canary, the same in every run."""
 MAX_TOKENS = 16
 
 
 @dataclass(frozen=True, eq=False)
 class CanarySequence:
-    """A prompt and a completion that nobody sampled.
+    """One canary: a prompt and a completion made up for it.
 
     Attributes:
-        prompt: with its media.
+        prompt: the prompt, with its media.
         token_ids: [tokens] int32.
-        log_probs: [tokens] float32, the trainer's, under the whole distribution at temperature 1, nats.
+        log_probs: [tokens] float32, the trainer's, under the untruncated distribution at temperature 1, nats.
     """
 
     prompt: Prompt
@@ -38,12 +38,12 @@ class CanarySequence:
 
 @dataclass(frozen=True, eq=False)
 class Canaries:
-    """What a generator of one policy version must reproduce.
+    """The canaries of one policy version, with the log-probabilities that a generator must reproduce.
 
     Attributes:
         version: the policy version.
-        sequences: text and media.
-        tolerance_nats: mean gap that a sequence may have.
+        sequences: of text and of media.
+        tolerance_nats: largest mean gap of a sequence.
     """
 
     version: int
@@ -53,15 +53,15 @@ class Canaries:
 
 @dataclass(frozen=True, slots=True)
 class CanaryReport:
-    """How far a generator's log-probabilities are from the trainer's.
+    """The gap between a generator's log-probabilities and the trainer's.
 
     Attributes:
         version: the policy version.
-        mean_gap: of the worst sequence, nats.
-        max_gap: of that sequence's worst token, nats.
-        worst: number of the worst sequence.
-        tolerance_nats: what `mean_gap` may be.
-        seconds: it took.
+        mean_gap: of that sequence, nats a token.
+        max_gap: largest gap of one of its tokens, nats.
+        worst: index of the sequence with the largest mean gap.
+        tolerance_nats: largest `mean_gap` that agrees.
+        seconds: time of the comparison.
     """
 
     version: int
@@ -73,30 +73,30 @@ class CanaryReport:
 
     @property
     def agrees(self) -> bool:
-        """Whether the generator computes what the trainer does; never where a gap isn't a number."""
+        """Whether the mean gap is within the tolerance; False where the gap is NaN."""
         return self.mean_gap <= self.tolerance_nats
 
     @property
     def words(self) -> str:
-        """For a message."""
+        """The gap in a phrase for messages."""
         return (
-            f"canary {self.worst} is off by {self.mean_gap:.3g} nats a token (at most {self.max_gap:.3g}), and "
-            f"{self.tolerance_nats:g} is allowed"
+            f"canary {self.worst} differs by {self.mean_gap:.3g} nats a token (largest: {self.max_gap:.3g}; "
+            f"tolerance: {self.tolerance_nats:g})"
         )
 
 
 def compare_canaries(canaries: Canaries, measured: Sequence[NDArray[np.float32]], seconds: float = 0.0) -> CanaryReport:
-    """Hold a generator's log-probabilities against the trainer's.
+    """Compare a generator's log-probabilities with the trainer's.
 
     Args:
         measured: [tokens] of each sequence, nats.
     Raises:
-        ValueError: another number of sequences or tokens.
+        ValueError: the numbers of sequences or tokens differ.
     """
     gaps: list[Any] = []
     for sequence, own in zip(canaries.sequences, measured, strict=True):
         if own.shape != sequence.log_probs.shape:
-            raise ValueError(f"{own.shape} log-probabilities for a canary of {sequence.log_probs.shape}")
+            raise ValueError(f"a canary of {len(sequence.log_probs)} tokens got log-probabilities of shape {own.shape}")
         gaps.append(np.abs(own.astype(np.float64) - sequence.log_probs))
     means = [float(gap.mean()) for gap in gaps]
     worst = next((i for i, mean in enumerate(means) if not np.isfinite(mean)), int(np.argmax(means)))

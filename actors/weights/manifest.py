@@ -1,7 +1,7 @@
-"""What a policy version is made of on the wire: tensors laid end to end, cut into buckets, with a digest of each.
+"""The manifest of a policy version: its tensors laid end to end, cut into buckets, with a digest of each bucket.
 
-A version has up to two parts: the weights under training, sent anew each time, and the frozen ones, sent once. Each
-part has a manifest of its own. A manifest travels as MessagePack under a fixed schema; nothing in it is ever unpickled.
+A version has up to two parts: the trained weights, sent with every version, and the frozen ones, sent once. Each part
+has its own manifest. A manifest travels as MessagePack under a fixed schema; nothing in it is ever unpickled.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ FORMAT = 2
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DIGEST_BYTES = 16
 ALIGNMENT = 64
-"""Each tensor starts at a multiple of it, and buckets are multiples of it, so that no element lies in two buckets."""
+"""Bytes. Tensors start at multiples of it and buckets are multiples of it, so that no element lies in two buckets."""
 
 
 class ManifestError(ValueError):
-    """The bytes aren't a manifest, or they contradict themselves."""
+    """The bytes are no manifest, or contradict themselves."""
 
 
 class WeightsPart(StrEnum):
-    """What of the policy a manifest describes."""
+    """The part of the policy that a manifest describes."""
 
     TRAINED = "trained"
     """The weights that training changes, under their checkpoint names."""
     FROZEN = "frozen"
-    """All others; they never change, so a generator takes them once."""
+    """All other weights. They never change, so a generator receives them once."""
     ADAPTER = "adapter"
     """The matrices of a LoRA adapter, under the names of its own checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor: its checkpoint name and where its bytes lie (row-major, little-endian).
+    """One tensor: its checkpoint name and the place of its bytes (row-major, little-endian).
 
     Attributes:
         name: as in the model's Hugging Face checkpoint.
         dtype: "float32", "bfloat16" or "float16".
-        shape: full shape, whatever the trainer's sharding.
-        offset: of its first byte.
-        nbytes: its size.
+        shape: full shape, independent of the trainer's sharding.
+        offset: position of its first byte.
+        nbytes: size in bytes.
     """
 
     name: str
@@ -64,14 +64,14 @@ class Manifest:
     """All tensors of one part of a policy version.
 
     Attributes:
-        epoch: of the publisher; a later publisher has a greater one.
+        epoch: number of the publisher; a later publisher has a greater one.
         version: the policy version.
-        part: which part of the policy.
-        nbytes: size of the whole.
-        bucket_bytes: size of each bucket but the last: bucket i holds the bytes from i x bucket_bytes on.
-        tensors: in the order of their offsets.
+        part: the part of the policy.
+        nbytes: size of the part.
+        bucket_bytes: size of each bucket but the last: bucket i starts at byte i x bucket_bytes.
+        tensors: entries in the order of their offsets.
         digests: XXH3 (128 bits) of each bucket.
-        attributes: JSON that goes with the part (an adapter's configuration), or "".
+        attributes: JSON that accompanies the part (an adapter's configuration), or "".
     """
 
     epoch: int
@@ -102,16 +102,16 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """Hex digest (BLAKE2b, 128 bits) of the packed manifest: it stands for every byte, through the buckets'."""
+        """Hex digest (BLAKE2b, 128 bits) of the packed manifest; through the buckets' digests it covers every byte."""
         return hashlib.blake2b(self.packed, digest_size=16).hexdigest()
 
     @property
     def order(self) -> tuple[int, int]:
-        """What makes one version later than another."""
+        """Sort key: a later version is greater."""
         return self.epoch, self.version
 
     def span(self, bucket: int) -> tuple[int, int]:
-        """First byte of a bucket, and the first behind it."""
+        """Byte range [start, end) of a bucket."""
         start = bucket * self.bucket_bytes
         return start, min(start + self.bucket_bytes, self.nbytes)
 
@@ -120,12 +120,14 @@ class Manifest:
         """Read and check a manifest.
 
         Raises:
-            ManifestError: it isn't one, or a tensor doesn't fit its shape, its type or its place.
+            ManifestError: it is no manifest, or a tensor contradicts its shape, its dtype or its place.
         """
         try:
             content: dict[str, Any] = msgpack.unpackb(packed, raw=False, strict_map_key=True)
             if content["format"] != FORMAT:
-                raise ManifestError(f"manifest format {content['format']!r}, but this version reads {FORMAT}")
+                raise ManifestError(
+                    f"manifest format is {content['format']!r}, this version of Counterpoint reads {FORMAT}"
+                )
             manifest = cls(
                 epoch=exactly(int, content["epoch"]),
                 version=exactly(int, content["version"]),
@@ -143,7 +145,7 @@ class Manifest:
 
     def _check(self) -> None:
         if self.nbytes < 0 or self.bucket_bytes < ALIGNMENT or self.bucket_bytes % ALIGNMENT:
-            raise ManifestError(f"{self.nbytes} bytes in buckets of {self.bucket_bytes}")
+            raise ManifestError(f"{self.nbytes} bytes cannot lie in buckets of {self.bucket_bytes}")
         if len(self.digests) != bucket_count(self.nbytes, self.bucket_bytes):
             raise ManifestError(f"{len(self.digests)} digests for {self.nbytes} bytes in {self.bucket_bytes} a bucket")
         if len({tensor.name for tensor in self.tensors}) != len(self.tensors):
@@ -154,29 +156,29 @@ class Manifest:
             if size != tensor.nbytes or min(tensor.shape, default=1) < 0 or tensor.dtype not in DTYPE_BYTES:
                 raise ManifestError(f"{tensor.name}: {tensor.nbytes} bytes for {tensor.dtype}{list(tensor.shape)}")
             if tensor.offset < end or tensor.offset % ALIGNMENT or tensor.offset + size > self.nbytes:
-                raise ManifestError(f"{tensor.name} lies outside its place")
+                raise ManifestError(f"{tensor.name} overlaps another tensor, is misaligned or ends behind the part")
             end = tensor.offset + size
 
 
 def bucket_digest(content: Any) -> bytes:
-    """XXH3 of 128 bits, which runs at the speed of memory. It finds any damage, not an attacker's forgery: against
-    those, the transport authenticates who may send."""
+    """Digest of a bucket: XXH3 of 128 bits, at memory speed. It detects damage; the transport's authentication is what
+    excludes forgery."""
     digest: bytes = xxhash.xxh3_128_digest(content)
     return digest
 
 
 def bucket_count(nbytes: int, bucket_bytes: int) -> int:
-    """How many buckets hold so many bytes."""
+    """Number of buckets that hold `nbytes` bytes."""
     return -(-nbytes // bucket_bytes)
 
 
 def plan_layout(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[tuple[TensorEntry, ...], int]:
-    """Lay tensors end to end in their order, each aligned.
+    """Lay tensors end to end in their order, each aligned to ALIGNMENT.
 
     Args:
         tensors: name, dtype and shape of each.
     Returns:
-        The entries, and the size of the whole.
+        The entries, and the total size in bytes.
     """
     entries, position = [], 0
     for name, dtype, shape in tensors:
@@ -188,9 +190,9 @@ def plan_layout(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[tu
 
 
 def exactly(kind: type[T], value: Any) -> T:
-    """A value of exactly this type: what another type might be converted to, nobody has sent."""
+    """The value, if it is of exactly this type; nothing is converted. Raises TypeError otherwise."""
     if type(value) is not kind:
-        raise TypeError(f"{type(value).__name__} where {kind.__name__} belongs")
+        raise TypeError(f"{type(value).__name__} instead of {kind.__name__}")
     return value
 
 
@@ -202,5 +204,5 @@ def _entry(fields: Any) -> TensorEntry:
 
 def _pieces(content: bytes, size: int) -> Iterator[bytes]:
     if len(content) % size:
-        raise ManifestError(f"{len(content)} bytes of digests, of {size} each")
+        raise ManifestError(f"{len(content)} bytes of digests are no multiple of {size}")
     return (content[start : start + size] for start in range(0, len(content), size))

@@ -1,6 +1,6 @@
-"""What a publisher hands to a generator so that it can pull a version, and what the generator answers.
+"""The offer with which a generator pulls a version, and the receipt that it returns.
 
-The offer carries the run's keys: it travels only inside Ray calls between our own actors, and is never logged.
+The offer carries the run's keys: it travels only in Ray calls between our own actors, and is never logged.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from actors.weights.manifest import WeightsPart
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Keys of one run (Z85, CURVE): all its generators share one pair, each server has its own.
+    """CURVE keys of one run (Z85): its generators share one pair, each server has a pair of its own.
 
     Attributes:
-        client_public, client_secret: of this run's generators; servers admit no other.
+        client_public, client_secret: the pair of this run's generators; servers admit no other client.
     """
 
     client_public: bytes
@@ -24,7 +24,7 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class PartOffer:
-    """One part of a version: which, the hex digest of its manifest (which covers every byte), and its size."""
+    """One part of a version: its kind, the hex digest of its manifest (which covers every byte), and its size."""
 
     part: WeightsPart
     digest: str
@@ -33,19 +33,19 @@ class PartOffer:
 
 @dataclass(frozen=True, slots=True)
 class WeightsOffer:
-    """A policy version, where to pull it from, and with which keys.
+    """A policy version, the address of its publisher and the keys to pull it with.
 
     Attributes:
-        epoch: of the publisher; a later publisher of the same run has a greater one.
+        epoch: number of the publisher; a later publisher of the same run has a greater one.
         version: the policy version.
         endpoint: ZMQ address of the publisher.
-        server_key: of the publisher; a client that expects another key doesn't connect. b"" without CURVE.
-        keys: of this run's generators; None without CURVE, which only loopback allows.
-        parts: the trained part, and the frozen one for generators that don't have it yet.
-        host: of the publisher; processes of the same host map its memory.
-        gather_s: for the trainer to read, cast and digest the weights.
-        egress_bytes: what the publisher has sent over the network since the offer before.
-        changed_share: of the elements, how many differ from the version before; None where that wasn't measured.
+        server_key: CURVE key of the publisher; a client that expects another key does not connect. b"" without CURVE.
+        keys: keys of this run's generators; None without CURVE, which is allowed on loopback only.
+        parts: the frozen part, if there is one, and the trained part.
+        host: identity of the publisher's host; processes of the same host map its memory.
+        gather_s: seconds in which the trainer read, cast and digested the weights.
+        egress_bytes: bytes that the publisher has sent over the network since the previous offer.
+        changed_share: share of the elements that differ from the previous version; None where it was not measured.
     """
 
     epoch: int
@@ -61,36 +61,37 @@ class WeightsOffer:
 
     @property
     def order(self) -> tuple[int, int]:
-        """What makes one offer later than another."""
+        """Sort key: a later offer is greater."""
         return self.epoch, self.version
 
     @property
     def trained(self) -> PartOffer:
-        """The part that changes."""
+        """The part that training changes."""
         return next(part for part in self.parts if part.part is not WeightsPart.FROZEN)
 
     @property
     def nbytes(self) -> int:
-        """Size of what changes."""
+        """Size of the trained part."""
         return self.trained.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsReceipt:
-    """A generator's word that it has loaded a version.
+    """A generator's confirmation that it has loaded a version.
 
     Attributes:
-        version: the version it holds now.
-        digest: hex digest of the manifest it loaded; delivery counts only where it equals the offer's.
-        transfer_s: to receive and check the buckets, while generation went on.
-        stage_s: to make them ready in the engine beside generation, where they are staged.
-        load_s: to load them into the engine.
-        pause_s: for which generation stood still, loading included.
-        received_bytes: over the network.
-        route: "memory" where the bytes were mapped, "network" where they came as whole buckets, "delta" where most of
-            them came as changes.
-        source: who served them; "" for the publisher.
-        corrected: tensors of the engine that a full resend changed, though they were loaded before.
+        version: the loaded version.
+        digest: hex digest of the loaded manifest (after a push, of the version's device digests); a version counts as
+            delivered only where it equals the offer's.
+        transfer_s: seconds to receive and check the buckets, while generation runs.
+        stage_s: seconds to stage the version in the vLLM engine, while generation runs.
+        load_s: seconds to load it into the vLLM engine.
+        pause_s: seconds for which generation was paused, loading included.
+        received_bytes: bytes received over the network.
+        route: "memory" where the bytes were mapped, "network" where most buckets came whole, "delta" where most came as
+            deltas, "push" where the trainer sent them from device to device.
+        source: name of the generator that served them; "" for the publisher.
+        corrected: tensors of the vLLM engine that a full resend changed.
     """
 
     version: int

@@ -234,11 +234,11 @@ class GeneratorFleet:
         if not reachable:
             return
         report = await push([m.handle.port(offer.version) for m in reachable.values() if m.handle is not None])
-        for outcome in report.outcomes:
-            if outcome.name in report.current:
-                reachable[outcome.name].pushed = outcome.answer
+        for result in report.results:
+            if result.name in report.current:
+                reachable[result.name].pushed = result.answer
             else:
-                self.on_event("push_failed", generator=outcome.name, version=offer.version, why=outcome.why)
+                self.on_event("push_failed", generator=result.name, version=offer.version, why=result.why)
 
     def _publication(self, offer: WeightsOffer, seconds: float) -> Publication:
         current = [m for m in self.members if m.order == offer.order]

@@ -271,8 +271,8 @@ async def start_reference(config: Config, media_folder: Path) -> ReferencePool:
 
 async def start_generator(config: Config, media_folder: Path, name: str) -> GeneratorHandle:
     """One generator."""
-    from actors.generator.generator import GeneratorSpec
     from actors.generator.handle import GeneratorHandle
+    from actors.generator.spec import GeneratorSpec
 
     spec = GeneratorSpec(
         model=config.model,

@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from actors.generator.engine_weights import EngineWeights, LogProbs
 from actors.generator.generator import Generator
+from actors.generator.vllm_weights import LogProbs, VllmWeights
 from actors.weights.canary import Canaries, CanaryReport
 from actors.weights.offer import WeightsOffer
 from actors.weights.pull.receiver import ReceivedWeights
@@ -34,7 +34,7 @@ def reached(folder: Path, name: str) -> Path:
     return folder / FOLDER / f"{name}.reached"
 
 
-class SteppingWeights(EngineWeights):
+class SteppingWeights(VllmWeights):
     """All phases but those within the engine's own update."""
 
     async def start(self, engine: Any) -> None:
@@ -107,3 +107,7 @@ class SteppingGenerator(Generator):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._weights = SteppingWeights(self.spec)
+
+    async def versions(self) -> tuple[int, int, bool]:
+        """The version that it serves, the last one that was verified, and whether it refuses to generate."""
+        return self._weights.version, self._weights.verified, self._weights.stale is not None

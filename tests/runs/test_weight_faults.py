@@ -22,11 +22,11 @@ from torch import Tensor, nn
 import actors.generator.handle
 import orchestrator.roles.fleet
 from actors.config import DeadlineConfig, GeneratorConfig, ModelConfig, WeightsConfig
-from actors.generator.generator import GeneratorSpec
 from actors.generator.handle import GeneratorHandle
+from actors.generator.spec import GeneratorSpec
 from actors.weights.canary import TEXT_CANARY, Canaries
 from actors.weights.pull.publisher import WeightPublisher
-from actors.weights.source import WeightSource, module_tensors
+from actors.weights.source import PolicyPartSource, module_tensors
 from orchestrator.roles.fleet import NO_GENERATOR, GeneratorFleet, Health, Member, Publication
 from rollout.config import SamplingConfig
 from rollout.encoding import PromptEncoder
@@ -114,8 +114,7 @@ class Scene:
             assert member.report.agrees
             assert member.report.version == version
             assert member.handle is not None
-            stats = await member.handle.stats()
-            assert (stats.policy_version, stats.verified_version, stats.is_stale) == (version, version, False)
+            assert await member.handle.actor.versions.remote() == (version, version, False)
 
         def serving() -> set[str]:
             return {a.generator for _, a in self.answers for c in a.completions if set(c.policy_versions) == {version}}
@@ -186,7 +185,7 @@ async def scene(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene
         )
 
     module = Qwen2_5_VLForConditionalGeneration.from_pretrained(model.path, dtype=torch.float32).eval()
-    source = WeightSource(module_tensors(module, "float32"), gather_bytes=300_000)
+    source = PolicyPartSource(module_tensors(module, "float32"), gather_bytes=300_000)
     encoder = PromptEncoder.from_pretrained(model.path, media)
     policy = Policy(module, source, WeightPublisher(bucket_bytes=64 << 10))
     made = Scene(Setup(None, policy, encoder, media), None, folder)  # type: ignore[arg-type]

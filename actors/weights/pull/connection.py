@@ -1,4 +1,4 @@
-"""One client's connection to a weight server: asks, waits with a deadline, notices a refusal. Not thread-safe."""
+"""A client's connection to a weight server: sends requests and waits for answers with a deadline. Not thread-safe."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ from actors.weights.offer import Keys
 
 POLL_MS = 100
 FAREWELL_MS = 1000
-"""For what was said last to arrive, after the connection was closed."""
+"""Time for the last message to be sent after the connection is closed."""
 REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH
 DAMAGED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 LOST = DAMAGED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
-"""Nobody listens there, the connection ended, or damage arrived, which ends it: what was asked isn't answered."""
+"""The server is down, the connection ended, or damaged data ended it: pending requests get no answer."""
 LOST_S = 0.25
-"""For a better word on why it ended, and so that one doesn't ask without a pause where it ends each time."""
+"""Pause after a lost connection: a refusal may still arrive, and a connection that always ends is retried slowly."""
 
 
-class SilentError(Exception):
-    """The server hasn't answered for longer than one is willing to wait for it."""
+class NoAnswerError(Exception):
+    """The server sent no answer within the deadline."""
 
 
-class RefusedError(Exception):
-    """The server doesn't take this run's keys, or isn't the one that it should be."""
+class KeysRefusedError(Exception):
+    """The server refused this run's keys, or has another key than expected."""
 
 
-class GoneError(Exception):
-    """The server doesn't serve that version (any more)."""
+class NotServedError(Exception):
+    """The server does not serve that version, or no longer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """What a server sent: which bucket, how it is encoded, and the payload."""
+    """A server's answer: its header (bucket, slice, encoding) and payload."""
 
     header: dict[str, Any]
     payload: memoryview
 
     @property
     def index(self) -> int:
-        """The bucket it is about."""
+        """Index of the bucket; -1 where the header has none."""
         found = self.header.get("index")
         return found if isinstance(found, int) else -1
 
     @property
-    def part(self) -> int:
-        """Which part of the bucket it is."""
-        found = self.header.get("part", 0)
+    def slice(self) -> int:
+        """Index of the slice within the bucket; -1 where the header is malformed."""
+        found = self.header.get("slice", 0)
         return found if isinstance(found, int) else -1
 
 
 class Connection:
-    """To one server. After silence, :meth:`reconnect`: a link that was cut may need a connection of its own."""
+    """A connection to one server. Call :meth:`reconnect` after a timeout: a link that was cut may need a new one."""
 
     def __init__(self, context: zmq.Context[Any], endpoint: str, server_key: bytes, keys: Keys | None) -> None:
         self._context = context
@@ -81,62 +81,62 @@ class Connection:
         self._ends_at = math.inf
 
     def reconnect(self) -> None:
-        """Drop the connection with all that is under way on it, and make another."""
+        """Drop the connection with all pending requests and open another."""
         self.close(linger_ms=0)
         self._open()
 
     @property
     def is_lost(self) -> bool:
-        """Whether it ended before an answer came, rather than that the server is silent."""
+        """Whether the connection ended, rather than the server being silent."""
         return self._ends_at < math.inf
 
     def close(self, *, linger_ms: int = FAREWELL_MS) -> None:
-        """End the connection. Doesn't wait."""
+        """Close the connection without waiting."""
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close(linger=linger_ms)
 
     def ask(self, operation: str, digest: str, **fields: Any) -> None:
-        """Send a request; what can't be sent now is asked again by whoever waits for the answer."""
+        """Send a request. One that cannot be sent now is dropped; the caller asks again when no answer comes."""
         request = {"op": operation, "digest": digest, **fields}
-        with contextlib.suppress(zmq.Again):  # the queue to a server that is away is full
+        with contextlib.suppress(zmq.Again):  # the queue to an unreachable server is full
             self._socket.send(msgpack.packb(request), flags=zmq.NOBLOCK)
 
     def answer(self, operation: str, digest: str, until: float) -> Answer:
-        """The next answer to requests of this kind.
+        """Wait for the next answer to a kind of request.
 
         Args:
-            operation, digest: of the requests; other answers are late ones, and are passed over.
-            until: on the monotonic clock.
+            operation, digest: those of the request; answers to others are late and are skipped.
+            until: deadline on the monotonic clock.
         Raises:
-            SilentError: there was none; sooner where the connection was lost.
-            GoneError: the server refused the request; with its words.
-            RefusedError: the server doesn't take this run's keys.
+            NoAnswerError: none came by the deadline, or the connection was lost.
+            NotServedError: the server refused the request; the text is the server's.
+            KeysRefusedError: the server refused this run's keys.
         """
         while True:
             try:
                 frames = self._socket.recv_multipart(copy=False, flags=zmq.NOBLOCK)
             except zmq.Again:
-                self._look_after()
+                self._check_events()
                 left_s = min(until, self._ends_at) - time.monotonic()
                 if left_s <= 0:
-                    raise SilentError from None
+                    raise NoAnswerError from None
                 self._socket.poll(min(POLL_MS, 1 + int(left_s * 1000)))
                 continue
             header, payload = _parsed(frames)
             if header.get("digest") != digest or header.get("op") != operation:
                 continue
             if "error" in header:
-                raise GoneError(str(header["error"]))
+                raise NotServedError(str(header["error"]))
             return Answer(header, payload)
 
-    def _look_after(self) -> None:
-        """Notice a refusal, and that the connection has ended."""
+    def _check_events(self) -> None:
+        """Check the socket's events for a refusal and for the end of the connection."""
         events = 0
         while self._monitor.poll(0):
             events |= recv_monitor_message(self._monitor)["event"]
         if events & REFUSED:
-            raise RefusedError(f"the weight server at {self.endpoint} refused this run's keys")
+            raise KeysRefusedError(f"the weight server at {self.endpoint} refused this run's keys")
         if events & LOST:
             self._ends_at = min(self._ends_at, time.monotonic() + LOST_S)
 

@@ -1,8 +1,8 @@
-"""What changed in a bucket since the version before: which words, and by which bits.
+"""Deltas: the words of a bucket that changed since the previous version, and their changed bits.
 
-At small learning rates few words change, so only those are coded: the distance of each from the one before in a byte,
-and the exclusive or of old and new, byte by byte of the word. Each of these streams is compressed by itself. A bucket
-is coded piece by piece and changed where it lies, so that nobody needs room for a second one.
+At small learning rates few words change, so only those are coded: the distance of each from the previous one in a byte,
+and the exclusive or of old and new, byte plane by byte plane. Each of these streams is compressed separately. A bucket
+is coded piece by piece and changed in place, so that no second bucket is needed.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-DELTA_SHARE = 0.25
-"""A delta larger than this share of its bucket isn't kept: the bucket itself is sent."""
-CHANGED_SHARE = 0.25
-"""Where more words have changed than this share of a piece, its bucket isn't coded to the end: sending it is faster."""
+MAX_DELTA_FRACTION = 0.25
+"""Largest size of a delta, as a fraction of its bucket; beyond it, the whole bucket is sent."""
+MAX_CHANGED_FRACTION = 0.25
+"""Largest fraction of changed words in a piece; beyond it, sending the whole bucket is faster than coding it."""
 UNCHANGED = b""
 """The delta of a bucket that is the same in both versions."""
 PIECE_BYTES = 1 << 20
-"""Of a bucket, coded by themselves; part of the format."""
+"""Size of the pieces of a bucket that are coded separately; part of the format."""
 LEVEL = 1
-"""Of zstandard: the lowest that also compresses what doesn't repeat."""
+"""zstandard's level: the lowest that also codes the entropy of data without repetitions."""
 FAR = 255
-"""A distance that says: so many words further on, and nothing has changed up to there."""
+"""An escape distance: advance by so many words without a change."""
 Bytes = NDArray[np.uint8]
 Words = NDArray[Any]
 Places = NDArray[np.uint32]
@@ -34,13 +34,13 @@ Places = NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class Delta:
-    """What changed since the version before.
+    """The changes of a version from the previous one.
 
     Attributes:
-        base: digest of the manifest it starts from.
-        buckets: changes by bucket; buckets that are left out are sent whole.
-        changed_words: elements that differ.
-        words: elements in all.
+        base: digest of the previous version's manifest.
+        buckets: delta by bucket; a bucket without one is sent whole.
+        changed_words: number of elements that differ.
+        words: number of all elements.
     """
 
     base: str
@@ -48,14 +48,9 @@ class Delta:
     changed_words: int = 0
     words: int = 0
 
-    @property
-    def nbytes(self) -> int:
-        """Size of all compressed buckets."""
-        return sum(map(len, self.buckets.values()))
-
 
 class DeltaEncoder:
-    """The delta of one bucket. Give it all of both contents, from the first byte to the last, then :meth:`finish`."""
+    """Codes the delta of one bucket: :meth:`add` both contents from the first byte to the last, then :meth:`finish`."""
 
     def __init__(self, nbytes: int) -> None:
         """Args:
@@ -64,18 +59,18 @@ class DeltaEncoder:
         self._nbytes = nbytes
         self._word = _word(nbytes)
         self._piece_words = PIECE_BYTES // self._word.itemsize
-        self._most = CHANGED_SHARE * min(nbytes // self._word.itemsize, self._piece_words)
+        self._most = MAX_CHANGED_FRACTION * min(nbytes // self._word.itemsize, self._piece_words)
         self._pieces: list[list[tuple[Places, Words]]] = []
         self._is_kept = True
         self._is_changed = False
         self._position = 0
-        self._count = 0  # changed words of the piece so far
+        self._count = 0  # changed words of the current piece so far
 
     def add(self, old: Bytes, new: Bytes) -> NDArray[np.bool_]:
-        """Take in what comes next of both, not beyond the end of a piece.
+        """Add the next bytes of both contents, up to the end of a piece at most.
 
         Returns:
-            Which of its words differ; a word has two bytes, in a bucket of an odd size one.
+            [words] bool: which words differ. A word has two bytes, in a bucket of odd size one.
         """
         before, after = old.view(self._word), new.view(self._word)
         differs = before != after
@@ -96,11 +91,11 @@ class DeltaEncoder:
         return differs
 
     def finish(self) -> bytes | None:
-        """The changes for the wire; None where the bucket itself is the better way."""
+        """The coded delta; None where the whole bucket should be sent."""
         if not self._is_changed:
             return UNCHANGED
         packed: list[bytes] = []
-        room = DELTA_SHARE * self._nbytes if self._is_kept else 0.0
+        room = MAX_DELTA_FRACTION * self._nbytes if self._is_kept else 0.0
         for piece in self._pieces:
             packed.append(_packed(piece))
             room -= len(packed[-1])
@@ -110,10 +105,10 @@ class DeltaEncoder:
 
 
 def apply_delta(packed: bytes | memoryview, content: Bytes) -> None:
-    """Make a bucket's new content of the old one, where it lies.
+    """Apply a delta to a bucket in place.
 
     Raises:
-        ValueError: these aren't the changes of a bucket of that size; its content is neither the one nor the other now.
+        ValueError: it is no delta of a bucket of that size. The bucket's content is then undefined.
     """
     left, words = memoryview(packed), content.view(_word(len(content)))
     if len(left) == 0:
@@ -122,7 +117,7 @@ def apply_delta(packed: bytes | memoryview, content: Bytes) -> None:
     for start in range(0, len(words), size):
         left = _apply(left, words[start : start + size])
     if len(left):
-        raise ValueError(f"{len(left)} bytes behind the end of a delta")
+        raise ValueError(f"{len(left)} excess bytes after a delta")
 
 
 def _word(nbytes: int) -> np.dtype[Any]:
@@ -130,7 +125,7 @@ def _word(nbytes: int) -> np.dtype[Any]:
 
 
 def _positions(differs: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """np.flatnonzero, quicker where few are: it looks at eight at a time first."""
+    """np.flatnonzero, faster where few are set: it tests eight at a time."""
     packed = np.packbits(differs)
     eights = np.flatnonzero(packed != 0)
     inside = np.flatnonzero(np.unpackbits(packed[eights]).view(np.bool_))
@@ -138,7 +133,7 @@ def _positions(differs: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 def _distances(where: Places) -> Bytes:
-    """How many words lie between each change and the one before, in bytes."""
+    """Words between each change and the previous one, as bytes with escapes."""
     between = np.diff(where.astype(np.int64), prepend=-1) - 1
     far = np.flatnonzero(between >= FAR)
     times, between[far] = np.divmod(between[far], FAR)
@@ -146,7 +141,7 @@ def _distances(where: Places) -> Bytes:
 
 
 def _packed(piece: list[tuple[Places, Words]]) -> bytes:
-    """Sizes of the streams when compressed, then the streams: distances, first bytes of the changes, second bytes."""
+    """Compressed sizes of the streams, then the streams: distances, first bytes of the changes, second bytes."""
     where, changes = (np.concatenate(parts) for parts in zip(*piece, strict=True))
     planes = changes.view(np.uint8).reshape(len(changes), changes.itemsize)
     compressor = zstandard.ZstdCompressor(level=LEVEL)
@@ -156,37 +151,37 @@ def _packed(piece: list[tuple[Places, Words]]) -> bytes:
 
 
 def _apply(left: memoryview, words: Words) -> memoryview:
-    """Change one piece. Returns what comes after its changes."""
+    """Apply the changes of one piece. Returns the rest of the delta."""
     header = struct.Struct(f"<{1 + words.itemsize}I")
     if len(left) < header.size:
-        raise ValueError(f"{len(left)} bytes of a delta, where the sizes of a piece belong")
+        raise ValueError(f"a delta ends within the sizes of a piece ({len(left)} of {header.size} bytes)")
     sizes, left = header.unpack_from(left), left[header.size :]
     if sum(sizes) > len(left):
-        raise ValueError(f"{len(left)} bytes of a delta, where {sum(sizes)} belong")
+        raise ValueError(f"a delta ends within a piece ({len(left)} of {sum(sizes)} bytes)")
     streams = []
     for size in sizes:
         streams.append(_stream(left[:size], len(words)))
         left = left[size:]
     distances, *planes = streams
     is_change = distances != FAR
-    behind = np.cumsum(distances + is_change, dtype=np.uint32)  # a sum is at most FAR, so it stays a byte
+    behind = np.cumsum(distances + is_change, dtype=np.uint32)  # each summand is at most FAR, so the sum fits a byte
     where = behind[is_change] - 1
     if any(len(plane) != len(where) for plane in planes):
-        raise ValueError(f"{len(where)} places of changes, and {[len(plane) for plane in planes]} bytes of them")
+        raise ValueError(f"{len(where)} changed words have {[len(plane) for plane in planes]} bytes of changes")
     if len(behind) and behind[-1] > len(words):
-        raise ValueError(f"a change of word {behind[-1]}, of {len(words)}")
+        raise ValueError(f"word {behind[-1]} of {len(words)} is changed")
     words[where] ^= np.stack(planes, axis=1).view(words.dtype).reshape(-1)
     return left
 
 
 def _stream(packed: memoryview, most: int) -> Bytes:
-    """A stream as it was. It is never longer than the piece has words: more isn't even decompressed."""
+    """Decompress a stream of at most `most` bytes; a longer one is refused before decompression."""
     if len(packed) == 0:
         return np.empty(0, np.uint8)
     try:
         size = zstandard.frame_content_size(packed)
         if not 0 <= size <= most:
-            raise ValueError(f"{size} bytes in a stream of a delta, of at most {most}")
+            raise ValueError(f"a stream of a delta has {size} bytes, at most {most} are allowed")
         return np.frombuffer(zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False), np.uint8)
     except zstandard.ZstdError as error:
         raise ValueError(f"not a delta: {error}") from error

@@ -1,7 +1,7 @@
-"""Memory that holds a part of a policy version and that other processes of this host can map.
+"""Shared memory for a part of a policy version, which other processes of this host can map.
 
-It is anonymous memory of the kernel (memfd), reached through /proc: whoever holds it open keeps it, and it is gone with
-the last of them, however they end. Nothing is left behind in /dev/shm, whose size doesn't matter either.
+It is anonymous memory of the kernel (memfd), opened through /proc. The kernel frees it when the last process that holds
+it open ends, however it ends. /dev/shm is not used.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 CGROUP = Path("/sys/fs/cgroup")
 CHECKED_BYTES = 1 << 20
-"""For the marks of checked buckets; buckets behind them every reader checks itself."""
+"""Room for the marks of checked buckets; every reader checks the buckets beyond it itself."""
 RESERVE_BYTES = 256 << 20
-"""Memory left to everything else before weights are put on disk instead."""
+"""Available memory that weights leave free; below it they are put on disk."""
 
 
 class NoRoomError(OSError):
@@ -34,12 +34,12 @@ class NoRoomError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class MemoryAddress:
-    """Where a process of the same host finds the memory, and how it knows that it is the right one.
+    """Path and identity of shared memory, for a process of the same host.
 
     Attributes:
-        path: to open.
-        device, inode: of what has to be found there.
-        nbytes: its size.
+        path: path to open.
+        device, inode: identity of the file that must be found there.
+        nbytes: size of the content.
     """
 
     path: str
@@ -48,21 +48,21 @@ class MemoryAddress:
     nbytes: int
 
     def as_fields(self) -> list[Any]:
-        """For a message."""
+        """The address as a list for a message."""
         return [self.path, self.device, self.inode, self.nbytes]
 
     @classmethod
     def of_fields(cls, fields: Any) -> MemoryAddress:
-        """From a message. Raises ValueError or TypeError where it isn't one."""
+        """Read the list of a message. Raises ValueError or TypeError where it is malformed."""
         path, device, inode, nbytes = fields
         return cls(str(path), int(device), int(inode), int(nbytes))
 
 
 class Memory:
-    """A range of bytes, written by one process and mapped by many. Closed when it is garbage.
+    """A range of bytes, written by one process and mapped by many. Closed when it is garbage-collected.
 
     Attributes:
-        view: the bytes; read-only but for the process that made it.
+        view: the bytes; writable only in the process that created it.
     """
 
     def __init__(self, descriptor: int, nbytes: int, path: str, *, writable: bool, is_on_disk: bool = False) -> None:
@@ -76,20 +76,20 @@ class Memory:
             self._marks = mmap.mmap(descriptor, CHECKED_BYTES, offset=_checked_offset(nbytes))
         except (OSError, ValueError) as error:
             os.close(descriptor)
-            raise NoRoomError(f"{nbytes:,} bytes can't be mapped: {error}") from error
+            raise NoRoomError(f"{nbytes:,} bytes of weights cannot be mapped: {error}") from error
         self._descriptor = descriptor
         self.view = memoryview(self._map)[:nbytes]
         self._checked = memoryview(self._marks)
 
     @classmethod
     def create(cls, nbytes: int, folder: Path | None = None) -> Memory:
-        """Memory of this process; where there isn't enough of it, a file on disk that looks the same.
+        """Create memory; where too little is available, a file on disk with the same behaviour.
 
         Args:
-            nbytes: its size.
-            folder: put it into a file there instead, if there is room.
+            nbytes: size of the content.
+            folder: where given, use a file in this folder first.
         Raises:
-            NoRoomError: there is room nowhere; says what was tried.
+            NoRoomError: there is room nowhere; the text names what was tried.
         """
         tried = []
         places: list[Path | None] = [folder] if folder is not None else []
@@ -104,7 +104,7 @@ class Memory:
                 tried.append(f"{place or 'memory'}: {error}")
                 continue
             if tried:
-                logger.warning("%d bytes of weights lie in %s: %s", nbytes, place or "memory", "; ".join(tried))
+                logger.warning("%d bytes of weights are put in %s: %s", nbytes, place or "memory", "; ".join(tried))
             return made
         raise NoRoomError(f"no room for {nbytes:,} bytes of weights. Tried {'; '.join(tried)}")
 
@@ -114,9 +114,9 @@ class Memory:
             descriptor = os.memfd_create("counterpoint-weights", os.MFD_CLOEXEC)
         else:
             descriptor, name = tempfile.mkstemp(prefix="counterpoint-weights-", dir=folder)
-            os.unlink(name)  # reached through /proc only, and gone with the last who holds it
+            os.unlink(name)  # from now on reachable through /proc only, and freed with its last holder
         try:
-            # now, rather than a SIGBUS in the middle of a copy
+            # fails here, where a copy would end with SIGBUS
             os.posix_fallocate(descriptor, 0, _checked_offset(nbytes) + CHECKED_BYTES)
         except OSError:
             os.close(descriptor)
@@ -126,9 +126,9 @@ class Memory:
 
     @classmethod
     def open(cls, address: MemoryAddress) -> Memory | None:
-        """Map what another process of this host shares, leased; None where it isn't to be had here.
+        """Map and lease the memory of another process of this host; None where that is impossible.
 
-        As long as the lease lasts, the owner writes nothing else into it.
+        While the lease lasts, the owner writes nothing else into it.
         """
         try:
             descriptor = os.open(address.path, os.O_RDWR | os.O_CLOEXEC)
@@ -149,27 +149,27 @@ class Memory:
 
     @property
     def address(self) -> MemoryAddress:
-        """For another process of this host, as long as this one holds it."""
+        """The address for other processes of this host, valid while this one holds the memory."""
         found = os.fstat(self._descriptor)
         return MemoryAddress(self.path, found.st_dev, found.st_ino, self.nbytes)
 
     def clear_checked(self) -> None:
-        """New content comes: nobody has checked it."""
+        """Clear the marks of checked buckets, before new content is written."""
         self._checked[:] = bytes(len(self._checked))
 
     def mark_checked(self, bucket: int, digest: bytes) -> None:
-        """Tell other readers that a bucket has been found to have this digest: they so share the work of checking."""
+        """Mark that a bucket has this digest, so that readers share the work of checking."""
         start = bucket * len(digest)
         if start + len(digest) <= len(self._checked):
             self._checked[start : start + len(digest)] = digest
 
     def is_checked(self, bucket: int, digest: bytes) -> bool:
-        """Whether a reader has found that a bucket has this digest since it was written. Holds under a lease."""
+        """Whether a reader has marked that a bucket has this digest. Valid under a lease."""
         start = bucket * len(digest)
         return self._checked[start : start + len(digest)] == digest
 
     def try_lease(self) -> bool:
-        """Keep the owner from writing something else into it; False where it is doing so."""
+        """Lease: keep the owner from writing something else into it. False where the owner has claimed it."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
@@ -177,7 +177,7 @@ class Memory:
         return True
 
     def try_claim(self) -> bool:
-        """Keep others from leasing it, to write something else into it; False where somebody has a lease."""
+        """Claim: keep others from leasing it, to write into it. False where another process has a lease."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -185,33 +185,33 @@ class Memory:
         return True
 
     def unclaim(self) -> None:
-        """End a claim, so that others may lease it, or a lease, so that the owner may claim it."""
+        """End this process's claim or lease."""
         if self._descriptor >= 0:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """End the lease, or give up the memory. What still looks into it keeps it mapped."""
+        """End the lease and close the memory. Existing views keep it mapped."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
         self.view = self._checked = memoryview(b"")
         for mapping in (self._map, self._marks):
-            with contextlib.suppress(BufferError):  # somebody still looks into it; unmapped with the last who does
+            with contextlib.suppress(BufferError):  # a view exists; unmapped with the last view
                 mapping.close()
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at the end of the process, `os` may be gone
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at interpreter exit, `os` may be gone
         if getattr(self, "_descriptor", -1) >= 0:
             close(self._descriptor)
             self._descriptor = -1
 
 
 def _checked_offset(nbytes: int) -> int:
-    """Where the marks begin: on the page behind the content."""
+    """Offset of the marks: the first page behind the content."""
     return -(-max(1, nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def available_memory() -> int:
-    """Bytes that this process could still take: of the machine, and of its control group where that is less."""
+    """Bytes that this process can still allocate: those of the machine, or of its control group where that is less."""
     available = int(psutil.virtual_memory().available)
     for limit_file, used_file in (
         (CGROUP / "memory.max", CGROUP / "memory.current"),
@@ -228,17 +228,17 @@ def available_memory() -> int:
 
 
 def _reclaimable(statistics: Path) -> int:
-    """Of what a control group uses, the cached pages of files, which the kernel gives up when memory is needed."""
+    """Bytes of cached file pages in a control group's usage, which the kernel frees when memory is needed."""
     try:
         fields = dict(line.split() for line in statistics.read_text().splitlines())
     except OSError:
         return 0
-    prefix = "total_" if "total_active_file" in fields else ""  # in the old hierarchy, the children's too
+    prefix = "total_" if "total_active_file" in fields else ""  # cgroup v1: children included
     return sum(int(fields.get(prefix + name, 0)) for name in ("active_file", "inactive_file"))
 
 
 def host_identity() -> str:
-    """Equal for processes that can open each other's memory, as far as that can be told beforehand."""
+    """An identity that is equal for processes which can open each other's memory: boot, namespaces and user."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     namespaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "user")]
     return ":".join([boot, *namespaces, str(os.getuid())])

@@ -1,4 +1,4 @@
-"""One pull of a version: what is asked of whom, what is taken of the answers, and what follows silence or damage."""
+"""One pull of a version: requests to its sources, checks of their answers, and the handling of timeouts and damage."""
 
 from __future__ import annotations
 
@@ -8,64 +8,83 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 
 from actors.weights.manifest import Manifest, ManifestError, bucket_digest
 from actors.weights.offer import WeightsOffer
-from actors.weights.pull.connection import Answer, Connection, GoneError, RefusedError, SilentError
+from actors.weights.pull.connection import Answer, Connection, KeysRefusedError, NoAnswerError, NotServedError
 from actors.weights.pull.delta import apply_delta
 from actors.weights.pull.memory import MemoryAddress
 from actors.weights.pull.relays import ROOT, Relay
-from actors.weights.pull.server import Holding
+from actors.weights.pull.server import LOOPBACK, HeldPart
 from rollout.failures import Failure, FailureError, FailureKind
-
-if TYPE_CHECKING:
-    from actors.weights.pull.receiver import ReceiverSettings
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Flow:
-    """What is under way at a time: with it, memory beyond the version itself is bounded.
+@dataclass(frozen=True)
+class ReceiverSettings:
+    """Settings of a generator's receiver.
 
     Attributes:
-        slice_bytes: of a bucket in one message.
-        window: messages.
+        maps_memory: map versions from the memory of processes on the same host.
+        serves: relay received versions to other hosts.
+        listen: address to serve at, reachable for other hosts.
+        patience_s: timeout of an answer: a relay that exceeds it is replaced; for the publisher it doubles each time.
+        folder: folder for files that hold versions; None holds them in memory.
+    """
+
+    maps_memory: bool = True
+    serves: bool = True
+    listen: str = LOOPBACK
+    patience_s: float = 5.0
+    folder: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FlowControl:
+    """Limits on messages in flight, which bound the memory needed beyond the version itself.
+
+    Attributes:
+        slice_bytes: largest part of a bucket in one message.
+        window: largest number of messages in flight.
     """
 
     slice_bytes: int
     window: int
 
 
-ENCRYPTED = Flow(1 << 20, 3)
-"""CURVE holds three copies of a message while it is under way, on each side."""
-PLAIN = Flow(2 << 20, 4)
-"""It is so much faster that more has to be under way, lest it wait for requests."""
+ENCRYPTED = FlowControl(1 << 20, 3)
+"""With CURVE, which holds three copies of a message in flight on each side."""
+PLAIN = FlowControl(2 << 20, 4)
+"""Without CURVE, which is faster and needs more in flight to keep the link busy."""
 MAX_ATTEMPTS = 4
-"""How often a bucket may arrive damaged from one source."""
+"""Damaged arrivals of one bucket after which its source is replaced."""
 MAX_PATIENCE_S = 60.0
-RELIEF_S = 2.0
-"""For the publisher to say whether there is a better source."""
+REASSIGN_S = 2.0
+"""Timeout of the question to the publisher whether there is a better source."""
 
 
 @dataclass(eq=False)
-class Own:
-    """What this process holds of one part in memory of its own.
+class OwnCopy:
+    """One part of a version in this process's own memory.
 
     Attributes:
-        holding: the part, perhaps not whole yet.
-        found: digest of what lies in each bucket, and of the manifest it came with; None where nothing useful does.
+        held: the part, whole or incomplete.
+        found: for each bucket, the digest of its present content and of the manifest it came with; None where the
+            content is undefined.
     """
 
-    holding: Holding
+    held: HeldPart
     found: list[tuple[bytes, str] | None]
 
 
 @dataclass(eq=False)
 class Traffic:
+    """What a pull has received, and from where."""
+
     received_bytes: int = 0
     encodings: Counter[str] = field(default_factory=Counter)
     source: str = ROOT
@@ -79,7 +98,7 @@ class Traffic:
 
 
 class SourceLostError(Exception):
-    """A relay is dead, silent, or serves damage; or it is slow, and there is a better one (`is_slow`)."""
+    """A relay has to be replaced: it is dead, timed out or serves damage, or a better one exists (`is_slow`)."""
 
     def __init__(self, name: str, why: str, *, is_slow: bool = False) -> None:
         super().__init__(why)
@@ -87,65 +106,65 @@ class SourceLostError(Exception):
         self.is_slow = is_slow
 
 
-class Wanted:
-    """Which messages are still to be asked for. A bucket comes as its changes, in one, or whole, in several."""
+class PendingSlices:
+    """The messages to request. A bucket comes as a delta in one message, or whole in one message for each slice."""
 
-    def __init__(self, own: Own, slice_bytes: int) -> None:
+    def __init__(self, own: OwnCopy, slice_bytes: int) -> None:
         self._own = own
         self._slice_bytes = slice_bytes
         self._waiting: deque[tuple[int, int]] = deque()
         self._asked: set[tuple[int, int]] = set()
-        self._left: dict[int, set[int]] = {}  # parts to come, of buckets that come whole
-        for index in sorted(own.holding.missing):
+        self._left: dict[int, set[int]] = {}  # outstanding slices of buckets that come whole
+        for index in sorted(own.held.missing):
             if own.found[index] is None:
                 self._waiting.extend(self._whole(index))
             else:
                 self._waiting.append((index, 0))
 
     def next(self, window: int) -> Iterator[tuple[int, int, str]]:
-        """Bucket, part and base of what to ask for now, so that so many messages are under way."""
+        """Bucket, slice and base of the messages to request now, up to `window` in flight."""
         while self._waiting and len(self._asked) < window:
-            index, part = self._waiting.popleft()
-            self._asked.add((index, part))
+            index, slice_index = self._waiting.popleft()
+            self._asked.add((index, slice_index))
             there = self._own.found[index]
-            yield index, part, "" if there is None or index in self._left else there[1]
+            yield index, slice_index, "" if there is None or index in self._left else there[1]
 
-    def came(self, index: int, part: int) -> bool:
-        """A message is here. Whether it is wanted."""
-        is_expected = (index, part) in self._asked
-        self._asked.discard((index, part))
+    def came(self, index: int, slice_index: int) -> bool:
+        """Record that a message has arrived. Returns whether it was expected."""
+        is_expected = (index, slice_index) in self._asked
+        self._asked.discard((index, slice_index))
         if is_expected and index in self._left:
-            self._left[index].discard(part)
-        return is_expected and index in self._own.holding.missing
+            self._left[index].discard(slice_index)
+        return is_expected and index in self._own.held.missing
 
     def more(self, index: int) -> bool:
-        """Whether parts of a bucket that comes whole are to come yet; they are, if its changes were hoped for."""
+        """Whether slices of a whole bucket are outstanding; they are requested where a delta was expected."""
         if index not in self._left:
             self._waiting.extendleft(reversed(self._whole(index)[1:]))
             self._left[index].discard(0)
         return bool(self._left[index])
 
     def damaged(self, index: int) -> None:
-        """A bucket has to come again, whole."""
+        """Request a bucket again, whole."""
         self._own.found[index] = None
         self._asked = {unit for unit in self._asked if unit[0] != index}
         self._waiting = deque(unit for unit in self._waiting if unit[0] != index)
         self._waiting.extendleft(reversed(self._whole(index)))
 
     def ask_again(self) -> None:
-        """Nothing that is under way will come."""
+        """Request everything in flight again."""
         self._waiting.extendleft(sorted(self._asked, reverse=True))
         self._asked.clear()
 
     def _whole(self, index: int) -> list[tuple[int, int]]:
-        start, end = self._own.holding.manifest.span(index)
-        parts = range(max(1, -(-(end - start) // self._slice_bytes)))
-        self._left[index] = set(parts)
-        return [(index, part) for part in parts]
+        start, end = self._own.held.manifest.span(index)
+        slices = range(max(1, -(-(end - start) // self._slice_bytes)))
+        self._left[index] = set(slices)
+        return [(index, slice_index) for slice_index in slices]
 
 
 class Pull:
-    """One call of a receiver: its deadline, its connection to the publisher, what it has moved."""
+    """One call of a receiver: its deadline, its connection to the publisher and its traffic."""
 
     def __init__(
         self,
@@ -168,11 +187,11 @@ class Pull:
         self._serves = settings.serves
 
     def interrupt(self) -> None:
-        """Its deadline is now; noticed with the next message, or once the source has been silent for too long."""
+        """Set the deadline to now. The pull ends with the next message or timeout."""
         self._until = 0.0
 
     def manifest(self, digest: str) -> Manifest:
-        """Ask the publisher until a manifest with the offered digest arrives."""
+        """Request a manifest from the publisher until one with the offered digest arrives."""
         for _ in range(MAX_ATTEMPTS):
             answer = self._ask_root("manifest", digest)
             try:
@@ -182,23 +201,25 @@ class Pull:
                 continue
             if manifest.digest == digest:
                 return manifest
-            logger.warning("the manifest of version %d arrived with a wrong digest", self.offer.version)
-        raise self.failure("weights_corrupt", "its manifest never had the digest that was offered")
+            logger.warning(
+                "the manifest of version %d arrived with another digest than was offered", self.offer.version
+            )
+        raise self.failure("weights_corrupt", f"its manifest had another digest than was offered, {MAX_ATTEMPTS} times")
 
     def source(self, digest: str, member: Relay, lost: str | None) -> Relay | None:
-        """Whom to pull from; None for the publisher."""
+        """Ask the publisher for a source; None is the publisher itself."""
         return self._named(self._ask_root("sources", digest, member=_fields(member), lost=lost))
 
-    def _relieved(self, digest: str, member: Relay, source: Relay) -> bool:
-        """Whether the publisher has a better source by now than this one; it may be busy, and is asked once."""
+    def _has_better_source(self, digest: str, member: Relay, source: Relay) -> bool:
+        """Whether the publisher knows a better source than this one. Asked once, because the publisher may be busy."""
         self.root.ask("sources", digest, member=_fields(member), waits=True)
         try:
-            answer = self.root.answer("sources", digest, min(self._until, time.monotonic() + RELIEF_S))
+            answer = self.root.answer("sources", digest, min(self._until, time.monotonic() + REASSIGN_S))
             return self._named(answer) != source
-        except SilentError:
-            self.root.reconnect()  # else a late answer would be taken for another one's
-        except (GoneError, RefusedError) as error:
-            logger.info("no other source of version %d: %s", self.offer.version, error)
+        except NoAnswerError:
+            self.root.reconnect()  # so that a late answer is not taken for a later request's
+        except (NotServedError, KeysRefusedError) as error:
+            logger.info("version %d keeps its source: %s", self.offer.version, error)
         return False
 
     def _named(self, answer: Answer) -> Relay | None:
@@ -206,113 +227,118 @@ class Pull:
         try:
             return None if told is None else Relay(*map(str, told))
         except TypeError as error:
-            raise self.failure("weights_corrupt", f"its publisher named a source {told!r}") from error
+            raise self.failure(
+                "weights_corrupt", f"the publisher named a malformed source: {str(told)[:200]!r}"
+            ) from error
 
     def address(self, connection: Connection, name: str, digest: str) -> MemoryAddress | None:
-        """Where a server's memory of a version is, once it has all of it; None where it doesn't say.
+        """The address of a server's memory of a version, once the server has all of it; None where it tells none.
 
         Raises:
-            SourceLostError: this generator doesn't answer.
-            FailureError: the publisher doesn't, and time is up; or it refuses this run's keys.
+            SourceLostError: a relay sends no answer.
+            FailureError: the publisher sends none by the deadline, or refuses this run's keys.
         """
         try:
             while True:
                 connection.ask("memory", digest)
-                with contextlib.suppress(SilentError):
+                with contextlib.suppress(NoAnswerError):
                     answer = connection.answer("memory", digest, self._patient_until())
                     return MemoryAddress.of_fields(answer.header["memory"])
-                connection.ask("manifest", digest)  # while it is still pulling, it answers that at once
+                connection.ask("manifest", digest)  # which it answers at once, even while it pulls
                 connection.answer("manifest", digest, self._patient_until())
-        except SilentError:
-            self._silent(connection, name)
-        except RefusedError as error:
+        except NoAnswerError:
+            self._timed_out(connection, name)
+        except KeysRefusedError as error:
             raise self._refused(name, error) from error
-        except (GoneError, KeyError, TypeError, ValueError) as error:
-            logger.info("no memory of version %d to be mapped: %r", self.offer.version, error)
+        except (NotServedError, KeyError, TypeError, ValueError) as error:
+            logger.info("the memory of version %d cannot be mapped: %r", self.offer.version, error)
         return None
 
     def done(self, digest: str, member: str, connection: Connection | None = None) -> None:
-        """Tell a source, or the publisher, that nothing more is needed of it."""
+        """Tell a source, or the publisher, that this pull needs nothing more of it."""
         (connection or self.root).ask("done", digest, member=member)
 
     def buckets(
-        self, own: Own, connection: Connection, member: Relay, source: Relay | None, arrived: Callable[[], None]
+        self, own: OwnCopy, connection: Connection, member: Relay, source: Relay | None, arrived: Callable[[], None]
     ) -> None:
-        """Fill in what is missing, a few buckets under way at a time.
+        """Pull the missing buckets, with bounded messages in flight.
 
         Args:
+            own: the part to fill.
+            connection: connection to the source.
             member: this process.
-            source: whose the connection is; None for the publisher's.
+            source: the relay at the other end; None for the publisher.
+            arrived: called for each bucket.
         Raises:
-            SourceLostError: this relay doesn't serve any more, or the publisher has a better source.
-            FailureError: the publisher doesn't, or time is up.
+            SourceLostError: the relay no longer serves, or the publisher knows a better source.
+            FailureError: the publisher no longer serves, or the deadline has passed.
         """
-        digest, name = own.holding.manifest.digest, ROOT if source is None else source.name
+        digest, name = own.held.manifest.digest, ROOT if source is None else source.name
         look_around = time.monotonic() + self._patience_s
         self.traffic.is_mapped, self.traffic.source = False, name
-        wanted = Wanted(own, self.flow.slice_bytes)
+        pending = PendingSlices(own, self.flow.slice_bytes)
         attempts: Counter[int] = Counter()
-        while own.holding.missing:
+        while own.held.missing:
             if time.monotonic() >= self._until:
-                self._silent(connection, name)
+                self._timed_out(connection, name)
             if source is not None and time.monotonic() >= look_around:
-                if self._relieved(digest, member, source):
-                    raise SourceLostError(name, "it is slow, and there is a better source", is_slow=True)
+                if self._has_better_source(digest, member, source):
+                    raise SourceLostError(name, "it is slow and a better source exists", is_slow=True)
                 look_around = time.monotonic() + self._patience_s
-            for index, part, base in wanted.next(self.flow.window):
-                connection.ask("bucket", digest, index=index, part=part, size=self.flow.slice_bytes, base=base)
+            for index, slice_index, base in pending.next(self.flow.window):
+                connection.ask("bucket", digest, index=index, slice=slice_index, size=self.flow.slice_bytes, base=base)
             try:
                 answer = connection.answer("bucket", digest, self._patient_until())
-            except SilentError:
-                self._silent(connection, name)
-                wanted.ask_again()
+            except NoAnswerError:
+                self._timed_out(connection, name)
+                pending.ask_again()
                 continue
-            except RefusedError as error:
+            except KeysRefusedError as error:
                 raise self._refused(name, error) from error
-            except GoneError as error:
+            except NotServedError as error:
                 if name == ROOT:
                     raise self.failure("weights_gone", str(error)) from error
                 raise SourceLostError(name, str(error)) from error
             index = answer.index
-            is_right = self._accept(own, answer, wanted)
-            del answer  # and its payload, before more is asked for
+            is_right = self._accept(own, answer, pending)
+            del answer  # frees its payload before more is requested
             if is_right:
                 arrived()
             if is_right is not False:
                 continue
             attempts[index] += 1
-            wanted.damaged(index)
+            pending.damaged(index)
             logger.warning("bucket %d of version %d arrived damaged", index, self.offer.version)
             if attempts[index] >= MAX_ATTEMPTS:
-                why = f"bucket {index} was damaged {MAX_ATTEMPTS} times"
+                why = f"bucket {index} arrived damaged {MAX_ATTEMPTS} times"
                 if name == ROOT:
                     raise self.failure("weights_corrupt", why)
                 raise SourceLostError(name, why)
 
-    def _accept(self, own: Own, answer: Answer, wanted: Wanted) -> bool | None:
-        """Take a message.
+    def _accept(self, own: OwnCopy, answer: Answer, pending: PendingSlices) -> bool | None:
+        """Write a message into its bucket.
 
         Returns:
-            True where its bucket has the digest that the manifest names now, False where it is damaged, None where more
-            of it has to come, or it isn't wanted any more.
+            True where the bucket now has the manifest's digest, False where it is damaged, None where slices are
+            outstanding or the message was not expected.
         """
         index, encoding = answer.index, str(answer.header.get("encoding"))
-        if not wanted.came(index, answer.part):
+        if not pending.came(index, answer.slice):
             return None
-        manifest, place, before = own.holding.manifest, own.holding.content(index), own.found[index]
-        own.found[index] = None  # what lies there is neither the one nor the other until the last part is in
+        manifest, place, before = own.held.manifest, own.held.content(index), own.found[index]
+        own.found[index] = None  # the content is undefined until the last slice has arrived
         if encoding == "delta":
             try:
                 apply_delta(answer.payload, np.frombuffer(place, dtype=np.uint8))
             except ValueError:
                 return False
         else:
-            start = answer.part * self.flow.slice_bytes
+            start = answer.slice * self.flow.slice_bytes
             there = place[start : start + self.flow.slice_bytes]
             if len(answer.payload) != len(there):
                 return False
             there[:] = answer.payload
-            if wanted.more(index):
+            if pending.more(index):
                 self.traffic.received_bytes += len(answer.payload)
                 return None
         if bucket_digest(place) != manifest.digests[index]:
@@ -320,11 +346,11 @@ class Pull:
         self.traffic.received_bytes += len(answer.payload)
         self.traffic.encodings[encoding] += 1
         if encoding == "delta" and before is not None and self._serves:
-            own.holding.deltas.setdefault(before[1], {})[index] = bytes(answer.payload)
+            own.held.deltas.setdefault(before[1], {})[index] = bytes(answer.payload)
         own.found[index] = (manifest.digests[index], manifest.digest)
-        if own.holding.missing == {index}:
-            own.holding.memory.unclaim()  # before others are told that it is whole
-        own.holding.missing.discard(index)
+        if own.held.missing == {index}:
+            own.held.memory.unclaim()  # before other processes learn that it is whole
+        own.held.missing.discard(index)
         return True
 
     def _ask_root(self, operation: str, digest: str, **fields: object) -> Answer:
@@ -332,34 +358,38 @@ class Pull:
             self.root.ask(operation, digest, **fields)
             try:
                 return self.root.answer(operation, digest, self._patient_until())
-            except SilentError:
-                self._silent(self.root, ROOT)
-            except RefusedError as error:
+            except NoAnswerError:
+                self._timed_out(self.root, ROOT)
+            except KeysRefusedError as error:
                 raise self._refused(ROOT, error) from error
-            except GoneError as error:
+            except NotServedError as error:
                 raise self.failure("weights_gone", str(error)) from error
 
     def _patient_until(self) -> float:
         return min(self._until, time.monotonic() + self._patience_s)
 
-    def _silent(self, connection: Connection, name: str) -> None:
-        """Nothing came in time: a relay is given up, the publisher gets another connection and more time."""
+    def _timed_out(self, connection: Connection, name: str) -> None:
+        """Handle a timeout: replace a relay, or reconnect to the publisher with a longer one. Raises at the deadline."""
         if time.monotonic() >= self._until:
             who = f"generator {name}" if name != ROOT else "the publisher"
-            raise self.failure("weights_timeout", f"{who} didn't deliver within {self._deadline_s:g} s")
+            raise self.failure("weights_timeout", f"{who} did not deliver it within {self._deadline_s:g} s")
         if name != ROOT:
-            why = "the connection ended" if connection.is_lost else f"nothing came for {self._patience_s:g} s"
+            why = (
+                "the connection ended"
+                if connection.is_lost
+                else f"no answer for {self._patience_s:g} s (weights.patience_s)"
+            )
             raise SourceLostError(name, why)
         if not connection.is_lost:
             self._patience_s = min(2 * self._patience_s, MAX_PATIENCE_S)
         connection.reconnect()
 
-    def _refused(self, name: str, error: RefusedError) -> Exception:
-        """A relay that refuses this run's keys is another run's, at the address of one that has ended."""
+    def _refused(self, name: str, error: KeysRefusedError) -> Exception:
+        """The error for refused keys. A relay that refuses them belongs to another run, at a reused address."""
         return self.failure("weights_refused", str(error)) if name == ROOT else SourceLostError(name, str(error))
 
     def failure(self, reason: str, why: str) -> FailureError:
-        """What went wrong with this offer."""
+        """A failure of this pull."""
         return refusal(reason, f"weights of policy version {self.offer.version} from {self.offer.endpoint}: {why}")
 
 
@@ -368,4 +398,5 @@ def _fields(member: Relay) -> list[str]:
 
 
 def refusal(reason: str, message: str) -> FailureError:
+    """An infrastructure failure as an exception."""
     return FailureError(Failure(FailureKind.INFRASTRUCTURE, reason, message))

@@ -1,7 +1,7 @@
-"""Who pulls a policy version from whom: a tree over hosts, so that the trainer's egress doesn't grow with the fleet.
+"""The relay tree: assigns each generator its source, so that the trainer's egress is independent of the fleet's size.
 
-On each host one generator, the leader, pulls over the network; the others of that host map its memory. Leaders pull
-from the publisher or from a leader that is nearer to it, and serve onward what has arrived. Pure: messages in, sources
+On each host one generator, the leader, pulls over the network; the others on that host map its memory. Leaders pull
+from the publisher or from a leader nearer to it, and relay the buckets that have arrived. Pure: messages in, sources
 out; no sockets, no clock.
 """
 
@@ -16,13 +16,13 @@ ROOT = ""
 
 @dataclass(frozen=True, slots=True)
 class Relay:
-    """A generator that can serve others.
+    """A generator as a member of the tree.
 
     Attributes:
-        name: of the generator.
+        name: the generator's name.
         host: equal for processes that can map each other's memory.
-        endpoint: ZMQ address it serves at; "" where it serves nobody.
-        server_key: CURVE key it is known by (Z85); "" without CURVE.
+        endpoint: ZMQ address that it serves at; "" where it does not serve.
+        server_key: its CURVE key (Z85); "" without CURVE.
     """
 
     name: str
@@ -33,16 +33,16 @@ class Relay:
 
 @dataclass
 class RelayTree:
-    """The tree of one version.
+    """The relay tree of one version.
 
-    Invariants: nobody is its own ancestor; a source has at most `fan_out` children that don't have all of it yet,
-    unless no other source that has a place itself has room, in which case the publisher takes one more; of the members
-    on one host that can serve, one pulls over the network; a lost source has no children; a slow one gets no more.
+    Invariants: no member is its own ancestor; a source has at most `fan_out` incomplete children, except that the
+    publisher takes one more where no other connected source has room; of the members on one host that can serve, one
+    pulls over the network; a lost source has no children; a slow source gets no further children.
 
     Attributes:
-        fan_out: children of each source; 0 lets everybody pull from the publisher.
-        root_host: of the publisher: its own host needs no leader.
-        slow: members that have held up others: nobody is sent to them.
+        fan_out: largest number of children of a source; 0 lets all members pull from the publisher.
+        root_host: host of the publisher, which needs no leader.
+        slow: members that have delayed others; they are assigned no further children.
     """
 
     fan_out: int
@@ -51,20 +51,21 @@ class RelayTree:
     _members: dict[str, Relay] = field(default_factory=dict)
     _parents: dict[str, str] = field(default_factory=dict)
     _pulling: dict[str, list[str]] = field(default_factory=dict)
-    """By source, who pulls from it over the network."""
+    """By source: the members that pull from it over the network."""
     _mapping: dict[str, list[str]] = field(default_factory=dict)
-    """By source, who takes the version from its memory, and so isn't in anybody's fan-out."""
+    """By source: the members that map its memory; they do not count as fan-out."""
     _leaders: dict[str, str] = field(default_factory=dict)
-    """By host; a leader whose source is gone stays one, for it asks again."""
+    """By host: the leader. One that has lost its source stays leader, because it asks again."""
     _complete: set[str] = field(default_factory=set)
-    """Members that have all of it."""
+    """Members that have the whole version."""
 
     def join(self, member: Relay, lost: str | None = None) -> Relay | None:
-        """Where a member is to pull from; None for the publisher.
+        """Assign a member its source; None is the publisher.
 
         Args:
-            member: who asks. Asking again gives the same answer, unless its source is gone, or it is another process.
-            lost: endpoint of the source it has, if that doesn't answer. A later process by the same name isn't meant.
+            member: the member that asks. It gets the same answer again, unless its source was lost or it is another
+                process of that name.
+            lost: endpoint of its source, if that sends no answer. A later process of one name has another endpoint.
         """
         known = self._members.get(member.name)
         if known is not None and known != member:
@@ -78,23 +79,22 @@ class RelayTree:
         return self._members.get(self._parents[member.name])
 
     def done(self, name: str) -> None:
-        """A member has all of it."""
+        """Record that a member has the whole version."""
         if name in self._members:
             self._complete.add(name)
 
     def pulls(self, name: str) -> bool:
-        """Whether a member pulls over the network; otherwise it maps another one's memory."""
+        """Whether a member pulls over the network, rather than mapping another member's memory."""
         return name in self._pulling.get(self._parents.get(name, ROOT), ())
 
-    def relieve(self, member: Relay, *, is_late: bool = False) -> Relay | None:
-        """Where a member goes on that has been waiting at its source for a while; None for the publisher.
+    def reassign(self, member: Relay, *, is_late: bool = False) -> Relay | None:
+        """Assign a better source, if there is one, to a member that waits for its own; None is the publisher.
 
-        If there is a source that has all of it and has room, and its own hasn't, it goes there. What it has arrives no
-        later for that, and its own source counts as slow from then on.
+        A complete source with room replaces one that is incomplete, which counts as slow from then on.
 
         Args:
-            member: who waits.
-            is_late: it has been at it for much longer than others took: even a source that has all of it is too slow.
+            member: the member that waits.
+            is_late: it has taken much longer than others did, so even a complete source is too slow.
         """
         name, parent = member.name, self._parents.get(member.name)
         if parent is None or parent == ROOT or self._members[name] != member or not self.pulls(name):
@@ -110,15 +110,15 @@ class RelayTree:
         return self._members.get(self._parents[name])
 
     def children(self, name: str) -> list[str]:
-        """Who pulls from a source over the network; ROOT for the publisher."""
+        """Names of the members that pull from a source over the network; ROOT is the publisher."""
         return list(self._pulling.get(name, ()))
 
     def parent(self, name: str) -> str | None:
-        """The source a member was given; ROOT for the publisher, None for who isn't in the tree or has to ask anew."""
+        """Name of a member's source; ROOT is the publisher, None means that the member has none and has to ask."""
         return self._parents.get(name)
 
     def _leave(self, name: str) -> None:
-        """A process is gone: those that pulled from it ask anew."""
+        """Remove a member; those that pulled from it have to ask again."""
         member = self._members.pop(name, None)
         self._complete.discard(name)
         if member is not None and self._leaders.get(member.host) == name:
@@ -131,7 +131,7 @@ class RelayTree:
                 children.remove(name)
 
     def _place(self, member: Relay) -> None:
-        """Give it a source. It has no descendants among those reached: they are reached through it alone."""
+        """Assign a source to a member that has none. Its own descendants cannot be chosen: they hang below it alone."""
         leader = self._leaders.get(member.host, member.name)
         if member.host == self.root_host:
             parent, children = ROOT, self._mapping
@@ -147,11 +147,11 @@ class RelayTree:
         children.setdefault(parent, []).append(member.name)
 
     def _busy_children(self, name: str) -> int:
-        """How many pull from a source and don't have all of it yet."""
+        """Number of a source's children that are incomplete."""
         return sum(child not in self._complete for child in self._pulling.get(name, ()))
 
     def _by_distance(self, without: str | None = None) -> Iterator[str]:
-        """Sources from the publisher outwards, breadth first; without a member and those behind it."""
+        """Sources from the publisher outwards, breadth first, without one member and its descendants."""
         level = [ROOT]
         while level:
             yield from level

@@ -1,15 +1,15 @@
-"""Hands out what a process holds of policy versions, over an authenticated ZMQ socket, from a thread of its own.
+"""The weight server: serves the held parts of policy versions over an authenticated ZMQ socket, in a thread of its own.
 
-The publisher runs one, and so does every generator that serves others onward. Protocol: a client sends one MessagePack
-frame, the answer is a MessagePack header and a payload frame. Requests name a manifest's digest, so an answer can't be
-mixed up between versions. What a relay doesn't have yet it answers when it has it.
+The publisher runs one, and so does every generator that relays. Protocol: a client sends one MessagePack frame; the
+answer is a MessagePack header and a payload frame. Requests name a manifest's digest, so answers of different versions
+cannot be confused. A relay answers a request for a missing bucket once the bucket has arrived.
 
     manifest {digest}                   -> {}, packed manifest
-    bucket   {digest, index, part, size, base} -> {encoding: full | delta}, content; base is what the client's bucket is
-                                           from; in full it comes in parts of that size, so that no message is large
+    bucket   {digest, index, slice, size, base} -> {encoding: full | delta}, content. base: digest of the manifest that
+                                           the client's bucket is from; a full bucket comes in slices of that size
     memory   {digest}                   -> {memory}, where processes of this host map it, once it is whole
-    sources  {digest, member, lost, waits} -> {source}, whom to pull from (the publisher alone answers); waits: it has
-                                           been waiting for the source that it has
+    sources  {digest, member, lost, waits} -> {source} to pull from, told by the publisher alone. waits: the member has
+                                           been waiting for its present source
     done     {digest, member}           no answer; the client needs nothing more of it
 """
 
@@ -39,28 +39,28 @@ LOOPBACK = "127.0.0.1"
 ZAP_DOMAIN = "weights"
 ZERO_COPY_BYTES = 65536
 MAX_SLICE_BYTES = 16 << 20
-"""Of a bucket in one message."""
+"""Largest slice of a bucket in one message."""
 WAKE = "inproc://wake"
 KEPT_NAMES = 16
 MAX_WAITING = 10_000
 IDLE_S = 90.0
-"""A client that has asked for nothing for so long has given up: the most patient one asks again after 60 s."""
+"""A client without a request for so long has ended its pull: the longest timeout of a client is 60 s."""
 MAX_REQUEST_BYTES = 1 << 20
 
 
-class Directory(Protocol):
-    """Knows who pulls a version from whom."""
+class SourceAssigner(Protocol):
+    """Assigns each member of the relay tree its source."""
 
     def source(self, digest: str, member: Relay, lost: str | None, *, waits: bool) -> Relay | None:
-        """Whom a member pulls from; None for this server itself.
+        """The source of a member; None is this server.
 
         Args:
-            lost: endpoint of the source it had, which is gone.
-            waits: it has been waiting for the one that it has.
+            lost: endpoint of its former source, which was lost.
+            waits: it has been waiting for its present source.
         """
 
     def done(self, digest: str, name: str) -> None:
-        """A member has all of a version."""
+        """Record that a member has the whole version."""
 
 
 class NotLoopbackError(ValueError):
@@ -68,14 +68,14 @@ class NotLoopbackError(ValueError):
 
 
 @dataclass(eq=False)
-class Holding:
-    """What a process has of one part of a version.
+class HeldPart:
+    """One part of a version as a process holds it, whole or incomplete.
 
     Attributes:
-        manifest: of the part.
-        memory: with its buckets; those in `missing` may hold something else.
-        missing: buckets that aren't there yet.
-        deltas: changes by bucket, by the digest of the manifest they start from.
+        manifest: the part's manifest.
+        memory: its buckets; the content of those in `missing` is undefined.
+        missing: buckets that have not arrived.
+        deltas: deltas by bucket, by the digest of the manifest that they start from.
     """
 
     manifest: Manifest
@@ -95,42 +95,42 @@ class _Request:
     operation: str
     digest: str
     index: int
-    part: int
+    slice: int
     base: str
     fields: dict[str, Any]
 
     @property
-    def place(self) -> tuple[bytes, str, str, int, int]:
-        return self.client, self.operation, self.digest, self.index, self.part
+    def key(self) -> tuple[bytes, str, str, int, int]:
+        return self.client, self.operation, self.digest, self.index, self.slice
 
     @property
     def header(self) -> dict[str, Any]:
-        return {"op": self.operation, "digest": self.digest, "index": self.index, "part": self.part}
+        return {"op": self.operation, "digest": self.digest, "index": self.index, "slice": self.slice}
 
 
 class WeightServer:
-    """Serves holdings until :meth:`stop`."""
+    """Serves held parts until :meth:`stop`."""
 
     def __init__(
-        self, *, host: str = LOOPBACK, port: int = 0, keys: Keys | None, directory: Directory | None = None
+        self, *, host: str = LOOPBACK, port: int = 0, keys: Keys | None, assigner: SourceAssigner | None = None
     ) -> None:
         """Bind and start serving.
 
         Args:
-            host: address to bind to; on a cluster this node's address, as others see it.
-            port: 0 takes a free one.
-            keys: of the run; None serves without CURVE, on loopback only.
-            directory: answers who pulls from whom; a relay has none.
+            host: address to bind to; on a cluster, this node's address for other hosts.
+            port: 0 chooses a free port.
+            keys: the run's keys; None serves without CURVE, on loopback only.
+            assigner: assigns sources; only the publisher has one.
         Raises:
             NotLoopbackError: without CURVE, weights would leave the host.
-            zmq.ZMQError: the address can't be bound.
+            zmq.ZMQError: the address cannot be bound.
         """
         if keys is None and not is_loopback(host):
             raise NotLoopbackError(
-                f"weights.encryption = false serves on loopback only, and {host} isn't. Set it to true."
+                f"weights.encryption = false is for loopback only, and {host} is another address. Set it to true."
             )
-        self._directory = directory
-        self._holdings: dict[str, Holding] = {}
+        self._assigner = assigner
+        self._held_parts: dict[str, HeldPart] = {}
         self._waiting: dict[tuple[bytes, str, str, int, int], _Request] = {}
         self._pulling: dict[str, dict[bytes, float]] = {}
         self._dropped: deque[str] = deque(maxlen=KEPT_NAMES)
@@ -139,7 +139,7 @@ class WeightServer:
         self._lock = threading.RLock()
         self._stopping = False
         self.egress_bytes = 0
-        """Bytes of buckets that have gone to the network since the start."""
+        """Bytes of buckets sent over the network since the start."""
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
         self.server_key, secret = zmq.curve_keypair() if keys is not None else (b"", b"")
@@ -149,42 +149,42 @@ class WeightServer:
             self._authenticator.configure_curve_callback(ZAP_DOMAIN, self)
         self._socket = self._bind(host, port, secret)
         self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._wakeful = self._context.socket(zmq.PULL)
-        self._wakeful.bind(WAKE)
+        self._wake_receiver = self._context.socket(zmq.PULL)
+        self._wake_receiver.bind(WAKE)
         self._waker = self._context.socket(zmq.PUSH)
         self._waker.connect(WAKE)
         self._thread = threading.Thread(target=self._serve, name="weight-server", daemon=True)
         self._thread.start()
 
-    def hold(self, holding: Holding) -> None:
-        """Serve it from now on, whole or as it comes."""
+    def hold(self, held: HeldPart) -> None:
+        """Serve a part from now on, whole or as its buckets arrive."""
         with self._lock:
-            self._holdings[holding.manifest.digest] = holding
+            self._held_parts[held.manifest.digest] = held
         self._wake()
 
     def drop(self, digest: str) -> None:
-        """Serve it no longer; who waits for it is told so."""
+        """Stop serving a part and tell the clients that wait for it."""
         with self._lock:
-            if self._holdings.pop(digest, None) is not None:
+            if self._held_parts.pop(digest, None) is not None:
                 self._dropped.append(digest)
             self._pulling.pop(digest, None)
         self._wake()
 
     def arrived(self) -> None:
-        """Something that was missing is there: answer those who wait for it."""
+        """Answer clients that wait for buckets which have arrived."""
         with self._lock:
             is_awaited = bool(self._waiting)
         if is_awaited:
             self._wake()
 
     def is_pulled(self, digest: str) -> bool:
-        """Whether somebody is in the middle of pulling it."""
+        """Whether a client is pulling the part."""
         with self._lock:
             since = time.monotonic() - IDLE_S
             return any(last > since for last in self._pulling.get(digest, {}).values())
 
     def stop(self) -> None:
-        """Stop serving and free the port. May be called twice."""
+        """Stop serving and free the port. Safe to call twice."""
         if self._stopping:
             return
         self._stopping = True
@@ -194,22 +194,22 @@ class WeightServer:
             self._authenticator.stop()
         self._context.destroy(linger=0)
         with self._lock:
-            self._holdings.clear()
+            self._held_parts.clear()
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """ZAP: exactly the run's client key is admitted. Others are refused, and logged once each."""
+        """Admit the run's client key and refuse all others, each logged once (ZAP's callback)."""
         if key == self._client_key:
             return True
         if key not in self._refused and len(self._refused) < 1000:
             self._refused.add(key)
-            logger.warning("weight server %s: a client with another key was refused", self.endpoint)
+            logger.warning("weight server %s refused a client with another key than this run's", self.endpoint)
         return False
 
     def _bind(self, host: str, port: int, secret: bytes) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # what can't be sent isn't counted as sent
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a failed send raises and is not counted
         socket.setsockopt(zmq.IPV6, int(":" in host))
         for option, value in ((zmq.TCP_KEEPALIVE, 1), (zmq.TCP_KEEPALIVE_IDLE, 10), (zmq.TCP_KEEPALIVE_INTVL, 5)):
             socket.setsockopt(option, value)
@@ -229,12 +229,12 @@ class WeightServer:
     def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._wakeful, zmq.POLLIN)
+        poller.register(self._wake_receiver, zmq.POLLIN)
         while not self._stopping:
             ready = dict(poller.poll(POLL_MS))
-            if self._wakeful in ready:
-                while self._wakeful.poll(0):
-                    self._wakeful.recv()
+            if self._wake_receiver in ready:
+                while self._wake_receiver.poll(0):
+                    self._wake_receiver.recv()
                 self._answer_waiting()
             if self._socket in ready:
                 client, *frames = self._socket.recv_multipart()
@@ -242,7 +242,7 @@ class WeightServer:
                 if request is not None:
                     self._answer(request)
         self._socket.close(linger=0)
-        self._wakeful.close(linger=0)
+        self._wake_receiver.close(linger=0)
 
     def _parse(self, client: bytes, frames: list[bytes]) -> _Request | None:
         try:
@@ -253,7 +253,7 @@ class WeightServer:
                 exactly(str, fields["op"]),
                 exactly(str, fields["digest"]),
                 exactly(int, fields.get("index", 0)),
-                exactly(int, fields.get("part", 0)),
+                exactly(int, fields.get("slice", 0)),
                 exactly(str, fields.get("base", "")),
                 fields,
             )
@@ -271,18 +271,18 @@ class WeightServer:
         with self._lock:
             if request.operation == "done":
                 self._pulling.get(request.digest, {}).pop(request.client, None)
-                if self._directory is not None:
-                    self._directory.done(request.digest, str(request.fields.get("member", "")))
+                if self._assigner is not None:
+                    self._assigner.done(request.digest, str(request.fields.get("member", "")))
                 return
-            holding = self._holdings.get(request.digest)
-            reply = ({"error": "this version isn't served here any more"}, b"")
-            if holding is None and self._directory is None and request.digest not in self._dropped:
-                self._wait(request)  # a relay that hasn't begun with it yet
+            held = self._held_parts.get(request.digest)
+            reply = ({"error": "this version is no longer served here"}, b"")
+            if held is None and self._assigner is None and request.digest not in self._dropped:
+                self._wait(request)  # a relay that has not begun with it
                 return
-            if holding is not None:
+            if held is not None:
                 self._pulling.setdefault(request.digest, {})[request.client] = time.monotonic()
                 try:
-                    found = self._reply(request, holding)
+                    found = self._reply(request, held)
                 except (KeyError, TypeError, ValueError) as error:
                     found = {"error": f"not a request for weights: {error}"}, b""
                 if found is None:
@@ -292,50 +292,50 @@ class WeightServer:
         self._send(request.client, request.header | reply[0], reply[1])
 
     def _wait(self, request: _Request) -> None:
-        """Answer it later; asked again, it waits once."""
-        self._waiting.pop(request.place, None)
-        self._waiting[request.place] = request
+        """Answer a request later; a repeated request is kept once."""
+        self._waiting.pop(request.key, None)
+        self._waiting[request.key] = request
         while len(self._waiting) > MAX_WAITING:
             self._waiting.pop(next(iter(self._waiting)))
 
-    def _reply(self, request: _Request, holding: Holding) -> tuple[dict[str, Any], Any] | None:
-        """Header and payload, or None where it has to wait."""
+    def _reply(self, request: _Request, held: HeldPart) -> tuple[dict[str, Any], Any] | None:
+        """Header and payload, or None where the request has to wait."""
         match request.operation:
             case "manifest":
-                return {}, holding.manifest.packed
+                return {}, held.manifest.packed
             case "memory":
-                return None if holding.missing else ({"memory": holding.memory.address.as_fields()}, b"")
-            case "sources" if self._directory is not None:
+                return None if held.missing else ({"memory": held.memory.address.as_fields()}, b"")
+            case "sources" if self._assigner is not None:
                 member = Relay(*(exactly(str, field) for field in request.fields["member"]))
                 lost = exactly(str, request.fields.get("lost") or "")
                 waits = exactly(bool, request.fields.get("waits", False))
-                source = self._directory.source(request.digest, member, lost or None, waits=waits)
+                source = self._assigner.source(request.digest, member, lost or None, waits=waits)
                 told = None if source is None else [source.name, source.host, source.endpoint, source.server_key]
                 return {"source": told}, b""
-            case "bucket" if 0 <= request.index < len(holding.manifest.digests):
-                if request.index in holding.missing:
+            case "bucket" if 0 <= request.index < len(held.manifest.digests):
+                if request.index in held.missing:
                     return None
-                delta = holding.deltas.get(request.base, {}).get(request.index)
+                delta = held.deltas.get(request.base, {}).get(request.index)
                 if delta is not None:
                     return {"encoding": "delta"}, delta
-                content = holding.content(request.index)
+                content = held.content(request.index)
                 size = exactly(int, request.fields.get("size", MAX_SLICE_BYTES))
-                start = request.part * size
+                start = request.slice * size
                 if 0 < size <= MAX_SLICE_BYTES and (start == 0 or 0 < start < len(content)):
                     return {"encoding": "full"}, content[start : start + size]
-        return {"error": f"there is no {request.operation} {request.index}"}, b""
+        return {"error": f"there is no {request.operation[:20]} {request.index}"}, b""
 
     def _send(self, client: bytes, header: dict[str, Any], payload: Any) -> None:
         nbytes = len(payload) if "encoding" in header else 0
-        self.egress_bytes += nbytes  # before the client has it, and may look
+        self.egress_bytes += nbytes  # before the client has it
         try:
             frames = [client, msgpack.packb(header), payload]
             self._socket.send_multipart(frames, copy=len(payload) < ZERO_COPY_BYTES, flags=zmq.NOBLOCK)
-        except zmq.ZMQError as error:  # the client is gone or doesn't read: it will ask again
-            logger.info("weight server: an answer could not be sent: %s", error)
+        except zmq.ZMQError as error:  # the client has ended or its queue is full: it asks again
+            logger.info("weight server %s could not send an answer: %s", self.endpoint, error)
             self.egress_bytes -= nbytes
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address can't be reached from other hosts."""
+    """Whether an address is reachable from this host only."""
     return host in (LOOPBACK, "::1", "localhost") or host.startswith("127.")

@@ -1,7 +1,7 @@
-"""Writes one part of a policy version into memory as the source hands it over: casts, digests, and the delta.
+"""Writes one part of a policy version into memory as it is read: casts, digests buckets and codes deltas.
 
-Where the version before is at hand, what changed is kept. It may lie in the same memory: then it is overwritten piece
-by piece, each once it has been compared with the new one.
+Deltas are coded against the previous version. Where that lies in the same memory, it is overwritten piece by piece,
+each piece after its comparison with the new content.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ from torch import Tensor
 from actors.weights.manifest import DTYPE_BYTES, Manifest, TensorEntry, bucket_count, bucket_digest
 from actors.weights.pull.delta import Bytes, Delta, DeltaEncoder
 from actors.weights.pull.memory import Memory
-from actors.weights.source import DTYPES, WeightSource
+from actors.weights.source import DTYPES, PolicyPartSource
 
 if TYPE_CHECKING:
-    from actors.weights.pull.server import Holding
+    from actors.weights.pull.server import HeldPart
 
 SPARE_BYTES = 512 << 10
-"""Of new content, compared with the old at a time; the pieces that a delta is coded in are multiples of it."""
+"""Bytes compared with the old content at once; a delta's pieces are multiples of it."""
 
 
 class VersionWriter:
-    """A sink of one version's tensors. Make it, let the source read into it, then :meth:`finish`."""
+    """A sink that writes one version's tensors. Have the source read into it, then call :meth:`finish`."""
 
-    def __init__(self, source: WeightSource, memory: Memory, *, bucket_bytes: int, base: Holding | None = None) -> None:
+    def __init__(
+        self, source: PolicyPartSource, memory: Memory, *, bucket_bytes: int, base: HeldPart | None = None
+    ) -> None:
         """
         Args:
-            source: whose layout it is.
-            memory: of at least its size; claimed by this process.
+            source: the part to write, with its layout.
+            memory: memory of at least its size, claimed by this process.
             bucket_bytes: size of a bucket.
-            base: the version before, in this memory or in another; with it, the delta is made.
+            base: the previous version, in this memory or in another; where given, deltas are coded.
         """
         self._source = source
         self._bucket_bytes = bucket_bytes
@@ -49,8 +51,8 @@ class VersionWriter:
         self._is_in_place = base is not None and base.memory is memory
         self._piece_bytes = bucket_bytes if base is None else min(SPARE_BYTES, bucket_bytes)
         self._pieces_a_bucket = bucket_count(bucket_bytes, self._piece_bytes)
-        # Where the old content is still there, the new one waits in a spare piece for it to be compared; elsewhere, it
-        # is written where it stays. A bucket is finished beside the reading of the next one.
+        # In place, new content is written to a spare piece and compared with the old before it replaces that; otherwise
+        # it is written to its place at once. A bucket is digested while the next one is read.
         self._spare = np.empty(self._piece_bytes if self._is_in_place else 0, np.uint8)
         self._worker = ThreadPoolExecutor(1, "weights-writer")
         self._digests: list[Future[bytes]] = []
@@ -61,17 +63,17 @@ class VersionWriter:
         self._written = 0
 
     def put(self, entry: TensorEntry, tensor: Tensor) -> None:
-        """See :class:`actors.weights.source.Sink`."""
+        """See :class:`actors.weights.source.TensorSink`."""
         flat, size = tensor.reshape(-1), DTYPE_BYTES[entry.dtype]
         for place, _ in self._places(self._written, entry.offset):
-            place[:] = 0  # between tensors, so that equal weights are equal bytes
+            place[:] = 0  # zero the gaps, so that equal weights are equal bytes
         for place, start in self._places(entry.offset, entry.offset + entry.nbytes):
             first = (start - entry.offset) // size
             torch.from_numpy(place).view(DTYPES[entry.dtype]).copy_(flat[first : first + len(place) // size])
         self._written = entry.offset + entry.nbytes
 
     def finish(self, epoch: int, version: int) -> tuple[Manifest, Delta | None]:
-        """The manifest of what was written, and the delta if one was made."""
+        """The manifest of what was written, and its delta where one was coded."""
         source = self._source
         self._complete_before(self._piece_of(source.nbytes - 1) + 1)
         digests = tuple(digest.result() for digest in self._digests)
@@ -92,7 +94,7 @@ class VersionWriter:
         return manifest, Delta(self._delta.base, self._delta.buckets, self._changed, words)
 
     def _places(self, start: int, end: int) -> Iterator[tuple[Bytes, int]]:
-        """Where the bytes of a range are to be written, piece by piece, and the first of each."""
+        """Buffers for the bytes of a range, piece by piece, with the position of each."""
         while start < end:
             piece = self._piece_of(start)
             self._complete_before(piece)
@@ -109,13 +111,13 @@ class VersionWriter:
         return bucket * self._pieces_a_bucket + offset // self._piece_bytes
 
     def _span(self, piece: int) -> tuple[int, int]:
-        """First byte of a piece, and the first behind it."""
+        """Byte range [start, end) of a piece."""
         bucket, index = divmod(piece, self._pieces_a_bucket)
         start = bucket * self._bucket_bytes + index * self._piece_bytes
         return start, min(start + self._piece_bytes, (bucket + 1) * self._bucket_bytes, self._source.nbytes)
 
     def _complete_before(self, piece: int) -> None:
-        """All of every piece before this one has been read."""
+        """Complete all pieces before this one."""
         while self._complete < piece:
             start, end = self._span(self._complete)
             self._complete += 1
@@ -127,11 +129,11 @@ class VersionWriter:
                 self._compare(start, end)
             if end == behind:
                 if self._digests:
-                    self._digests[-1].result()  # changes that wait to be coded take memory
+                    self._digests[-1].result()  # bounds the memory of changes that wait to be coded
                 self._digests.append(self._worker.submit(self._finish, bucket, self._encoder))
 
     def _compare(self, start: int, end: int) -> None:
-        """Take the changes of a piece, then write it where it stays."""
+        """Code the changes of a piece, then write it to its place."""
         content = self._target[start:end]
         new = self._spare[: end - start] if self._is_in_place else content
         differs = self._encoder.add(self._old[start:end], new)
@@ -140,14 +142,14 @@ class VersionWriter:
             content[:] = new
 
     def _finish(self, bucket: int, encoder: DeltaEncoder) -> bytes:
-        """The worker's part: code the changes of a bucket, and digest it."""
+        """Code a bucket's delta and digest the bucket; runs in the worker thread."""
         if self._delta is not None and (packed := encoder.finish()) is not None:
             self._delta.buckets[bucket] = packed
         start = bucket * self._bucket_bytes
         return bucket_digest(self._target[start : start + self._bucket_bytes])
 
     def _changed_elements(self, differs: NDArray[np.bool_], start: int, end: int) -> int:
-        """How many elements of the tensors differ in a piece, by which of its words of two bytes do."""
+        """Number of tensor elements that differ in a piece, from which of its two-byte words differ."""
         count, entries = 0, self._source.entries
         while self._counted < len(entries) and entries[self._counted].offset < end:
             entry = entries[self._counted]
@@ -160,32 +162,32 @@ class VersionWriter:
         return count
 
 
-def _same_layout(base: Manifest, source: WeightSource, bucket_bytes: int) -> bool:
+def _same_layout(base: Manifest, source: PolicyPartSource, bucket_bytes: int) -> bool:
     return base.bucket_bytes == bucket_bytes and base.tensors == source.entries and base.part == source.part
 
 
-class Comparison:
-    """A sink that holds the source's tensors against what was published.
+class PublishedComparison:
+    """A sink that compares the source's tensors with the published ones.
 
     Attributes:
-        different: names of tensors that differ, or were never published.
+        different: names of tensors that differ or were not published.
     """
 
-    def __init__(self, holdings: Sequence[Holding]) -> None:
+    def __init__(self, held_parts: Sequence[HeldPart]) -> None:
         """Args:
-        holdings: a later one counts where both have a tensor of that name.
+        held_parts: the published parts; where two have a tensor of one name, the later part counts.
         """
-        self._published = {entry.name: (entry, held) for held in holdings for entry in held.manifest.tensors}
+        self._published = {entry.name: (entry, held) for held in held_parts for entry in held.manifest.tensors}
         self.different: list[str] = []
 
     def put(self, entry: TensorEntry, tensor: Tensor) -> None:
-        """See :class:`actors.weights.source.Sink`."""
+        """See :class:`actors.weights.source.TensorSink`."""
         found = self._published.get(entry.name)
         if found is None:
             self.different.append(entry.name)
             return
-        published, holding = found
-        content = holding.memory.view[published.offset : published.offset + published.nbytes]
+        published, held = found
+        content = held.memory.view[published.offset : published.offset + published.nbytes]
         own = torch.empty(tensor.numel(), dtype=DTYPES[entry.dtype]).copy_(tensor.reshape(-1))
         if own.view(torch.uint8).numpy().tobytes() != bytes(content):
             self.different.append(entry.name)

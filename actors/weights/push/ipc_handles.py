@@ -1,8 +1,8 @@
-"""CUDA IPC handles as plain values, so that they reach an engine without pickle.
+"""CUDA IPC handles as plain values, so that they reach a vLLM engine without pickle.
 
-vLLM sends the arguments of torch's `rebuild_cuda_tensor` as they are, classes among them, which its control channel
-only carries as a pickle (`VLLM_ALLOW_INSECURE_SERIALIZATION`). Only numbers, names and opaque bytes of them differ from
-tensor to tensor; the classes are always the same.
+vLLM sends the arguments of torch's `rebuild_cuda_tensor` unchanged, classes included, which its control channel carries
+only as a pickle (`VLLM_ALLOW_INSECURE_SERIALIZATION`). The classes are the same for every tensor; the rest is numbers,
+names and opaque bytes.
 """
 
 from __future__ import annotations
@@ -13,30 +13,28 @@ from typing import Any
 import torch
 
 DTYPES = {"uint8": torch.uint8, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Handle = Mapping[str, Any]
-"""By the GPU's UUID: what rebuilds the tensor there (see :func:`to_plain`)."""
 
 
 class HandleError(ValueError):
-    """The values aren't a handle."""
+    """The values are no handle of a tensor."""
 
 
 def to_plain(handle: Mapping[str, tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
-    """A handle as vLLM makes it, in plain values.
+    """Convert a handle of vLLM to plain values.
 
     Args:
-        handle: by the GPU's UUID, arguments of `rebuild_cuda_tensor` for a plain tensor.
+        handle: by the GPU's UUID, the arguments of `rebuild_cuda_tensor` for a plain tensor.
     Raises:
-        HandleError: they rebuild something else.
+        HandleError: the arguments rebuild something else.
     """
     return {uuid: _plain(arguments) for uuid, arguments in handle.items()}
 
 
 def from_plain(handle: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
-    """A handle as vLLM reads it; the receiver puts its own device index in (the seventh argument).
+    """Convert plain values to a handle of vLLM; the receiver fills in its device index (the seventh argument).
 
     Raises:
-        HandleError: the values aren't a handle.
+        HandleError: the values are no handle.
     """
     try:
         return {str(uuid): _arguments(plain) for uuid, plain in handle.items()}
@@ -64,9 +62,12 @@ def _plain(arguments: tuple[Any, ...]) -> dict[str, Any]:
     ) = arguments
     name = str(dtype).removeprefix("torch.")
     if tensor_class is not torch.Tensor or storage_class is not torch.storage.TypedStorage or requires_grad:
-        raise HandleError(f"the handle of a {tensor_class.__name__} on a {storage_class.__name__} can't be sent")
+        raise HandleError(
+            f"a {tensor_class.__name__} on a {storage_class.__name__} cannot be sent over ipc: only a Tensor on a "
+            "TypedStorage, without gradient"
+        )
     if name not in DTYPES:
-        raise HandleError(f"a tensor of {name} can't be sent")
+        raise HandleError(f"a tensor of {name} cannot be sent over ipc; {', '.join(DTYPES)} can")
     return {
         "shape": list(shape),
         "stride": list(stride),

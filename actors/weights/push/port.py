@@ -1,4 +1,4 @@
-"""The trainer's side of a generator during a push: calls to its actor whose answers are futures. Imports no torch."""
+"""A generator as the trainer's rank 0 calls it during a push. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GeneratorPort:
-    """One generator, as the trainer's rank 0 calls it; see :class:`actors.weights.push.recipients.GeneratorPort`.
+    """A push target that is a Ray actor; implements :class:`actors.weights.push.recipients.PushTarget`.
 
     Attributes:
-        name: of the generator.
+        name: the generator's name.
         actor: its Ray actor.
-        workers: its engine's processes.
-        version: that is being pushed.
+        workers: number of its vLLM engine's worker processes.
+        version: the version to push.
     """
 
     name: str
@@ -25,12 +25,12 @@ class GeneratorPort:
 
     @property
     def incarnation(self) -> str:
-        """Another one after a restart."""
+        """The actor's id, which a restart changes."""
         identity: str = self.actor._actor_id.hex()
         return identity
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> Future[Any]:
-        """Join the group."""
+        """Join the transfer group."""
         return self._future(self.actor.push_connect.remote(init_info))
 
     def start_weight_update(self) -> Future[Any]:
@@ -38,7 +38,7 @@ class GeneratorPort:
         return self._future(self.actor.push_begin.remote(self.version))
 
     def update_weights(self, update_info: dict[str, Any]) -> Future[Any]:
-        """Receive."""
+        """Receive tensors, or compare digests."""
         return self._future(self.actor.push_update.remote(update_info))
 
     def finish_weight_update(self, version: int, digest: str) -> Future[Any]:

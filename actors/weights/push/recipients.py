@@ -1,7 +1,7 @@
-"""The generators that a push goes to: asked side by side, each wait bounded, and what became of each.
+"""The generators that receive a push: called concurrently, every wait bounded, with a result for each.
 
-:class:`FleetClient` is vLLM's synchronous client protocol over many engines. It decides nothing about health: it says
-who answered what; who is called in at the next push is the caller's to say.
+:class:`PushRecipients` implements vLLM's synchronous client protocol over several vLLM engines. It reports results; the
+caller decides about the generators' health and chooses the targets of the next push.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any, Protocol
 
 from ray.exceptions import RayActorError
 
-from actors.weights.push.device_digest import VersionPrint
+from actors.weights.push.device_digest import VersionDigests
 from actors.weights.push.group import PEER_LOST, UNTOUCHED, Deadline
 
 
-class GeneratorPort(Protocol):
-    """One generator, as a push calls it. Calls return at once; their futures end with the generator's answer.
+class PushTarget(Protocol):
+    """The interface of one generator for a push. Calls return at once with a future of the generator's answer.
 
     Attributes:
-        name: what messages call it.
-        incarnation: differs between a generator and the one that took its place after a restart.
-        workers: processes that receive: tensor x pipeline x data parallel.
+        name: its name in messages.
+        incarnation: identifies the process; a restart changes it.
+        workers: number of processes that receive: tensor x pipeline x data parallel.
     """
 
     name: str
@@ -40,33 +40,33 @@ class GeneratorPort(Protocol):
     def finish_weight_update(self, version: int, digest: str) -> Future[Any]: ...
 
 
-class Standing(StrEnum):
-    """Where a push left a generator."""
+class RecipientState(StrEnum):
+    """The weights of a generator after a push."""
 
     CURRENT = "current"
-    """It serves the new version; fingerprints agreed."""
+    """It serves the new version; the device digests agreed."""
     UNTOUCHED = "untouched"
-    """It still holds its former version, whole."""
+    """It holds its former version, whole."""
     STALE = "stale"
-    """It may hold parts of two versions: it must serve nothing before it has loaded a version whole."""
+    """It may hold parts of two versions, and must load a whole version before it serves."""
     LOST = "lost"
-    """It died, or gave no answer in time. What it holds isn't known."""
+    """It died or missed a deadline. What it holds is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """What became of one generator.
+    """What became of one recipient of a push.
 
     Attributes:
-        name: the generator's.
-        standing: where it is left.
-        why: for all but CURRENT: what happened.
-        is_at_fault: whether it failed by itself, not because another did.
+        name: the generator's name.
+        state: its weights after the push.
+        why: the reason, unless the state is CURRENT.
+        is_at_fault: whether its own failure is the cause, rather than another generator's.
         answer: what its `finish_weight_update` returned.
     """
 
     name: str
-    standing: Standing
+    state: RecipientState
     why: str = ""
     is_at_fault: bool = False
     answer: Any = None
@@ -74,195 +74,207 @@ class PushResult:
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """What became of a push. `digest` is "" where it ended before everything was sent.
+    """The results of a push.
 
     Attributes:
         version: the policy version.
-        digest: of what was sent.
-        outcomes: one for each generator, in their order.
-        join_s: to rebuild the group; 0 where it was still the same.
-        send_s: from the first call to the last answer.
+        digest: digest of the sent version; "" where the push ended before all tensors were sent.
+        results: one for each generator, in the order of the targets.
+        join_s: seconds to form the group; 0 where the last push's group was used.
+        send_s: seconds from the first call to the last answer.
     """
 
     version: int
     digest: str
-    outcomes: tuple[PushResult, ...]
+    results: tuple[PushResult, ...]
     join_s: float
     send_s: float
 
     @property
     def current(self) -> tuple[str, ...]:
-        """Generators that serve the version."""
-        return tuple(outcome.name for outcome in self.outcomes if outcome.standing is Standing.CURRENT)
+        """Names of the generators that serve the version."""
+        return tuple(result.name for result in self.results if result.state is RecipientState.CURRENT)
 
     @property
     def is_whole(self) -> bool:
-        """Whether every generator serves it."""
-        return len(self.current) == len(self.outcomes)
+        """Whether every generator serves the version."""
+        return len(self.current) == len(self.results)
 
     def __str__(self) -> str:
-        failed = [outcome for outcome in self.outcomes if outcome.standing is not Standing.CURRENT]
-        failed.sort(key=lambda outcome: not outcome.is_at_fault)
-        lines = [f"policy version {self.version} reached {len(self.current)} of {len(self.outcomes)} generators"]
-        return "\n".join(lines + [f"  {outcome.name}: {outcome.standing}: {outcome.why}" for outcome in failed])
+        failed = [result for result in self.results if result.state is not RecipientState.CURRENT]
+        failed.sort(key=lambda result: not result.is_at_fault)
+        lines = [f"policy version {self.version} reached {len(self.current)} of {len(self.results)} generators"]
+        return "\n".join(lines + [f"  {result.name}: {result.state}: {result.why}" for result in failed])
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseDeadlines:
-    """What parts of a push may take, in seconds.
+    """Deadlines of a push's phases, in seconds.
 
     Attributes:
-        join_s: coming together in a group.
-        transfer_s: receiving.
-        settle_s: answering, once it is known that the push has failed.
+        join_s: forming the group.
+        transfer_s: sending and receiving.
+        cleanup_s: the remaining answers, after the push has failed.
     """
 
     join_s: float
     transfer_s: float
-    settle_s: float
+    cleanup_s: float
 
 
-class FleetError(RuntimeError):
-    """A step of a push didn't succeed on every generator it needs. The client knows on which."""
+class PushFailedError(RuntimeError):
+    """A step of a push failed on a generator that it needs. :attr:`PushRecipients.results` names the generator."""
 
 
-class FleetClient:
-    """vLLM's `VLLMWeightSyncClient` over several generators; one for each group, used for push after push.
+class PushRecipients:
+    """vLLM's `VLLMWeightSyncClient` over several generators; one object serves a group for many pushes.
 
-    Every method waits for all generators together and raises FleetError where the push can't go on.
+    Every method waits for all generators together and raises PushFailedError where the push cannot continue.
     """
 
-    def __init__(self, ports: Sequence[GeneratorPort], *, is_collective: bool) -> None:
+    def __init__(self, targets: Sequence[PushTarget], *, is_collective: bool) -> None:
         """Args:
-        ports: the generators, in the order of their ranks.
-        is_collective: whether all receive in one collective (nccl), so that one that fails stops the others. If not
-            (ipc), the others go on without it.
+        targets: the generators, in the order of their ranks.
+        is_collective: True: all receive in one collective (nccl), so a failure of one stops the others. False (ipc):
+            the others continue.
         """
-        self.ports = tuple(ports)
+        self.targets = tuple(targets)
         self._is_collective = is_collective
-        self.begin(Deadline(0.0), PhaseDeadlines(0.0, 0.0, 0.0), _nothing, lambda why: None)
+        self.begin(Deadline(0.0), PhaseDeadlines(0.0, 0.0, 0.0), _nothing_sent, lambda why: None)
 
     def begin(
         self,
         deadline: Deadline,
-        shares: PhaseDeadlines,
-        sent: Callable[[], VersionPrint],
+        phases: PhaseDeadlines,
+        sent: Callable[[], VersionDigests],
         on_failure: Callable[[str], None],
     ) -> None:
         """Start a push.
 
         Args:
-            deadline: of all calls together.
-            shares: of the deadline.
-            sent: what was sent, once it was.
-            on_failure: called at once, from any thread, where a generator fails that others wait for.
+            deadline: bounds all calls together.
+            phases: deadlines of the phases.
+            sent: returns the digests of what was sent, after sending.
+            on_failure: called at once, from any thread, when a generator fails for which others wait.
         """
         self.deadline = deadline
-        self._shares = shares
+        self._phases = phases
         self._sent = sent
         self._on_failure = on_failure
-        waiting = "its turn never came"
-        self.outcomes = {port.name: PushResult(port.name, Standing.UNTOUCHED, waiting) for port in self.ports}
-        self._going = list(self.ports)
+        waiting = "the push ended before this generator was called"
+        self.results = {
+            target.name: PushResult(target.name, RecipientState.UNTOUCHED, waiting) for target in self.targets
+        }
+        self._remaining = list(self.targets)
         self.has_failed = False
         self._is_open = False
-        self._half_open: list[GeneratorPort] = []
+        self._open_sessions: list[PushTarget] = []
 
-    def first_rank(self, port: GeneratorPort) -> int:
+    def first_rank(self, target: PushTarget) -> int:
         """The rank of a generator's first worker; rank 0 is the trainer."""
-        before = self.ports[: self.ports.index(port)]
+        before = self.targets[: self.targets.index(target)]
         return 1 + sum(other.workers for other in before)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Let every generator join, each under its own ranks."""
+        """Have every generator join the group, each under its own ranks."""
 
-        def join(port: GeneratorPort) -> Future[Any]:
-            own = {"rank_offset": self.first_rank(port)} if self._is_collective else {}
-            return port.init_weight_transfer_engine(init_info | own)
+        def join(target: PushTarget) -> Future[Any]:
+            own = {"rank_offset": self.first_rank(target)} if self._is_collective else {}
+            return target.init_weight_transfer_engine(init_info | own)
 
-        self._ask("join the group", join, Standing.UNTOUCHED, self._shares.join_s)
-        self._go_on()
+        self._ask("join the group", join, RecipientState.UNTOUCHED, self._phases.join_s)
+        self._continue()
 
     def start_weight_update(self) -> None:
         """Open a session on every generator."""
         self._is_open = True
-        self._ask("start an update", lambda port: port.start_weight_update(), Standing.UNTOUCHED)
-        self._go_on()
+        self._ask("start an update", lambda target: target.start_weight_update(), RecipientState.UNTOUCHED)
+        self._continue()
 
     def update_weights(self, update_info: Any) -> None:
-        """Let every generator receive."""
+        """Have every generator receive."""
         receive = "receive the weights"
-        self._ask(receive, lambda port: port.update_weights(update_info), Standing.STALE, self._shares.transfer_s)
-        self._go_on()
+        self._ask(
+            receive, lambda target: target.update_weights(update_info), RecipientState.STALE, self._phases.transfer_s
+        )
+        self._continue()
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Compare what arrived with what was sent, and let those generators serve it where nothing differs."""
+        """Have every generator compare the digests with what was sent, and serve the version where they agree."""
         sent = self._sent()
         check, digest = {"verify": sent.pack(), "digest": sent.digest}, sent.digest
-        self._ask("verify the weights", lambda port: port.update_weights(check), Standing.STALE)
+        self._ask("verify the weights", lambda target: target.update_weights(check), RecipientState.STALE)
         finish = "finish the update"
-        answers = self._ask(finish, lambda port: port.finish_weight_update(sent.version, digest), Standing.STALE)
+        answers = self._ask(
+            finish, lambda target: target.finish_weight_update(sent.version, digest), RecipientState.STALE
+        )
         for name, answer in answers.items():
-            self.outcomes[name] = PushResult(name, Standing.CURRENT, answer=answer)
-        self._going = []
+            self.results[name] = PushResult(name, RecipientState.CURRENT, answer=answer)
+        self._remaining = []
         if self.has_failed:
-            raise FleetError(self._blame())
+            raise PushFailedError(self._causes())
 
-    def note_failure(self, port: GeneratorPort, standing: Standing, why: str, *, is_at_fault: bool = True) -> None:
-        """Note what a generator failed at; it takes no further part in this push."""
+    def note_failure(self, target: PushTarget, state: RecipientState, why: str, *, is_at_fault: bool = True) -> None:
+        """Record a generator's failure and leave it out of the rest of this push."""
         self.has_failed = True
-        if self._is_open and port.workers > 1 and standing is not Standing.LOST:
-            self._half_open.append(port)  # the workers that didn't fail still wait for the end of the session
-        self.outcomes[port.name] = PushResult(port.name, standing, why, is_at_fault)
-        self._going = [other for other in self._going if other is not port]
+        if self._is_open and target.workers > 1 and state is not RecipientState.LOST:
+            self._open_sessions.append(target)  # its other workers still wait for the end of the session
+        self.results[target.name] = PushResult(target.name, state, why, is_at_fault)
+        self._remaining = [other for other in self._remaining if other is not target]
 
     def abandon(self, why: str) -> None:
-        """End the push for all that could have gone on; workers with an open session put their layers back."""
+        """End the push for the remaining generators; workers with an open session restore their layers."""
         answers: dict[str, Future[Any]] = {}
         if self._is_open:
-            asked, self._half_open = [*self._going, *self._half_open], []
-            answers = {port.name: _called(lambda port: port.update_weights({"abandon": why}), port) for port in asked}
-            wait(answers.values(), timeout=max(self._shares.settle_s, self.deadline.left_s))
-        for port in self._going:
-            standing, answer = self.outcomes[port.name].standing, answers.get(port.name)
+            asked, self._open_sessions = [*self._remaining, *self._open_sessions], []
+            answers = {
+                target.name: _called(lambda target: target.update_weights({"abandon": why}), target) for target in asked
+            }
+            wait(answers.values(), timeout=max(self._phases.cleanup_s, self.deadline.left_s))
+        for target in self._remaining:
+            state, answer = self.results[target.name].state, answers.get(target.name)
             if answer is not None and not answer.done():
-                self.note_failure(port, Standing.LOST, "didn't abandon the update within the deadline")
+                self.note_failure(target, RecipientState.LOST, "did not end its update session within the deadline")
                 continue
             if answer is not None:
-                standing = self._standing(port, str(answer.exception()), standing)
-            self.note_failure(port, standing, f"the push was called off: {why}", is_at_fault=False)
+                state = self._state(target, str(answer.exception()), state)
+            self.note_failure(target, state, f"the push was abandoned: {why}", is_at_fault=False)
 
-    def _go_on(self) -> None:
-        if not self._going or (self._is_collective and self.has_failed):
-            why = self._blame()
+    def _continue(self) -> None:
+        if not self._remaining or (self._is_collective and self.has_failed):
+            why = self._causes()
             self.abandon(why)
-            raise FleetError(why)
+            raise PushFailedError(why)
 
-    def _blame(self) -> str:
-        at_fault = [outcome for outcome in self.outcomes.values() if outcome.is_at_fault]
-        return "; ".join(f"{outcome.name} {outcome.why}" for outcome in at_fault) or "a member of the group was lost"
+    def _causes(self) -> str:
+        at_fault = [result for result in self.results.values() if result.is_at_fault]
+        return (
+            "; ".join(f"{result.name} {result.why}" for result in at_fault) or "a member of the transfer group was lost"
+        )
 
     def _ask(
         self,
         what: str,
-        call: Callable[[GeneratorPort], Future[Any]],
-        standing: Standing,
+        call: Callable[[PushTarget], Future[Any]],
+        state: RecipientState,
         together_s: float | None = None,
     ) -> dict[str, Any]:
-        """Answers by name of those that could; what became of the others is noted.
+        """Call all remaining generators. Returns the answers by name and records the failures of the others.
 
         Args:
-            standing: where a generator is left that fails here.
-            together_s: where they wait for one another in this, how long each itself waits for the others.
+            state: the state of a generator that fails in this call.
+            together_s: for a call in which the generators wait for one another: their own deadline.
         """
-        until, settle_s = Deadline(self.deadline.left_s), self._shares.settle_s
+        until, cleanup_s = Deadline(self.deadline.left_s), self._phases.cleanup_s
         is_together = together_s is not None and self._is_collective
         if together_s is not None and is_together:
-            until = Deadline(min(until.left_s, together_s + settle_s))
-        if standing is Standing.STALE:
-            for port in self._going:
-                self.outcomes[port.name] = PushResult(port.name, standing, f"was asked to {what}, and went no further")
-        asked = {_called(call, port): port for port in self._going}
+            until = Deadline(min(until.left_s, together_s + cleanup_s))
+        if state is RecipientState.STALE:
+            for target in self._remaining:
+                self.results[target.name] = PushResult(
+                    target.name, state, f"was asked to {what}, and the push ended there"
+                )
+        asked = {_called(call, target): target for target in self._remaining}
         answers: dict[str, Any] = {}
         pending = set(asked)
         while pending:
@@ -273,34 +285,34 @@ class FleetClient:
                 if (error := future.exception()) is None:
                     answers[asked[future].name] = future.result()
                     continue
-                self._note_error(asked[future], error, standing, what)
+                self._note_error(asked[future], error, state, what)
                 if is_together:
-                    self._on_failure(self._blame())
-                    until = Deadline(min(settle_s, until.left_s))
+                    self._on_failure(self._causes())
+                    until = Deadline(min(cleanup_s, until.left_s))
         for future in pending:
-            self.note_failure(asked[future], Standing.LOST, f"didn't {what} within the deadline, and gave no answer")
+            self.note_failure(asked[future], RecipientState.LOST, f"did not {what} within the deadline")
         return answers
 
-    def _note_error(self, port: GeneratorPort, error: BaseException, standing: Standing, what: str) -> None:
+    def _note_error(self, target: PushTarget, error: BaseException, state: RecipientState, what: str) -> None:
         text = str(error) or repr(error)
         is_dead = isinstance(error, RayActorError | BrokenExecutor)
-        standing = Standing.LOST if is_dead else self._standing(port, text, standing)
-        self.note_failure(port, standing, f"couldn't {what}: {text}", is_at_fault=PEER_LOST not in text)
+        state = RecipientState.LOST if is_dead else self._state(target, text, state)
+        self.note_failure(target, state, f"could not {what}: {text}", is_at_fault=PEER_LOST not in text)
 
     @staticmethod
-    def _standing(port: GeneratorPort, text: str, worst: Standing) -> Standing:
-        """One worker of several may be untouched where another isn't."""
-        return Standing.UNTOUCHED if UNTOUCHED in text and port.workers == 1 else worst
+    def _state(target: PushTarget, text: str, worst: RecipientState) -> RecipientState:
+        """UNTOUCHED only where the one worker says so: of several, another may have changed."""
+        return RecipientState.UNTOUCHED if UNTOUCHED in text and target.workers == 1 else worst
 
 
-def _called(call: Callable[[GeneratorPort], Future[Any]], port: GeneratorPort) -> Future[Any]:
+def _called(call: Callable[[PushTarget], Future[Any]], target: PushTarget) -> Future[Any]:
     try:
-        return call(port)
+        return call(target)
     except Exception as error:
         failed: Future[Any] = Future()
         failed.set_exception(error)
         return failed
 
 
-def _nothing() -> VersionPrint:
-    raise FleetError("nothing was sent yet")
+def _nothing_sent() -> VersionDigests:
+    raise PushFailedError("no push has begun")

@@ -1,8 +1,8 @@
-"""The trainer's side of a push: vLLM's trainer engines, with a deadline on every wait and an outcome per generator.
+"""The trainer's side of a push: vLLM's weight-transfer senders with bounded waits and a result for every generator.
 
-:meth:`DeviceSender.push` is called on every trainer rank, between two updates. Rank 0 talks to the generators; the
-others take part in gathering, and in ipc lend their own GPU's memory. A generator that fails never fails the trainer:
-every rank comes to the end of its pass, and rank 0 reports.
+:meth:`DeviceSender.push` is called on every trainer rank, between two updates. Rank 0 calls the generators; the other
+ranks take part in gathering and, with ipc, share their own GPU's memory. A generator's failure never fails the trainer:
+every rank finishes its pass, and rank 0 reports.
 """
 
 from __future__ import annotations
@@ -26,43 +26,41 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 )
 from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
 
-from actors.weights.push.device_digest import VersionPrint
-from actors.weights.push.device_tensors import Pass, PushSource
-from actors.weights.push.group import AbsentError, Deadline, MeetingPoint, PeerLostError
+from actors.weights.push.device_digest import VersionDigests
+from actors.weights.push.device_tensors import PushSource, SourcePass
+from actors.weights.push.group import Deadline, MissingRanksError, PeerLostError, RendezvousServer
 from actors.weights.push.ipc_handles import to_plain
 from actors.weights.push.recipients import (
-    FleetClient,
-    FleetError,
-    GeneratorPort,
     PhaseDeadlines,
+    PushFailedError,
+    PushRecipients,
     PushReport,
+    PushTarget,
 )
 from actors.weights.push.vllm_backends import CheckedNcclInitInfo
-from actors.weights.source import DTYPES
-from actors.weights.tensors import SourceTensor
+from actors.weights.source import DTYPES, SourceTensor
 
 logger = logging.getLogger(__name__)
 
 Backend = Literal["nccl", "ipc"]
-JOIN_SHARE = 0.25
-TRANSFER_SHARE = 0.5
-SETTLE_SHARE = 0.1
-"""Of a push's deadline."""
+JOIN_FRACTION = 0.25
+TRANSFER_FRACTION = 0.5
+CLEANUP_FRACTION = 0.1
+"""Fractions of a push's deadline."""
 
 
 @dataclass(frozen=True, slots=True)
 class PushSettings:
-    """How weights are pushed.
+    """Settings of a push.
 
     Attributes:
         backend: "nccl": trainer and generators on different devices (on CPUs through gloo). "ipc": on the same GPUs.
-        address: of rank 0's host, as the generators' hosts see it; the group meets there.
-        deadline_s: of a push as a whole.
-        gather_bytes: under ZeRO-3, how much is gathered at a time.
+        address: address of rank 0's host for the generators' hosts; the rendezvous is there.
+        deadline_s: deadline of a whole push.
+        gather_bytes: under ZeRO-3, the largest group that is gathered at once.
         packed: send many tensors at once, through buffers of `buffer_bytes`. Without it, ipc under ZeRO-3 holds a
             second copy of the model on every GPU.
-        buffer_bytes: with nccl two of them are on every GPU that takes part, with ipc one. One that has to take a
-            larger tensor is larger.
+        buffer_bytes: size of a buffer; nccl uses two on every GPU, ipc one. A buffer grows for a larger tensor.
     """
 
     backend: Backend
@@ -73,10 +71,10 @@ class PushSettings:
     buffer_bytes: int = 256 << 20
 
 
-class CheckedNcclTrainer(NCCLTrainerWeightTransferEngine):
-    """Broadcasts to all generators at once. Rank 0 is in the group with them; the other ranks only gather."""
+class CheckedNcclSender(NCCLTrainerWeightTransferEngine):
+    """Broadcasts to all generators at once. Rank 0 is in the transfer group with them; the other ranks only gather."""
 
-    client: FleetClient
+    client: PushRecipients
     source: PushSource
 
     def __init__(self, *, device: torch.device, transfer_s: float, **kwargs: Any) -> None:
@@ -84,44 +82,45 @@ class CheckedNcclTrainer(NCCLTrainerWeightTransferEngine):
         self._device = device
         self._transfer_s = transfer_s
 
-    def meet(self, address: str, shares: PhaseDeadlines) -> None:
-        """Make the group with the generators, on rank 0.
+    def meet(self, address: str, phases: PhaseDeadlines) -> None:
+        """Form the transfer group with the generators, on rank 0.
 
         Args:
-            address: of this host, as the generators' hosts see it.
+            address: this host's address for the generators' hosts.
+            phases: deadlines of the phases.
         Raises:
-            FleetError: one didn't come, or was lost on the way; the client's outcomes name it.
+            PushFailedError: a generator was missing or was lost; the client's results name it.
         """
         client = self.client
-        if not client.ports:
-            raise FleetError("there is no generator to send to")
-        world_size = 1 + sum(port.workers for port in client.ports)
-        point = MeetingPoint(address, world_size, Deadline(shares.join_s))
+        if not client.targets:
+            raise PushFailedError("the push has no target")
+        world_size = 1 + sum(target.workers for target in client.targets)
+        point = RendezvousServer(address, world_size, Deadline(phases.join_s))
         info = CheckedNcclInitInfo(
             master_address=address,
-            master_port=point.meeting.port,
-            token=point.meeting.token,
-            rank_offset=1,  # each generator gets its own from the client
+            master_port=point.rendezvous.port,
+            token=point.rendezvous.token,
+            rank_offset=1,  # the client sets each generator's own
             world_size=world_size,
             packed=self.packed,
             packed_buffer_size_bytes=self.packed_buffer_size_bytes,
             packed_num_buffers=self.packed_num_buffers,
-            deadline_s=shares.transfer_s,
+            deadline_s=phases.transfer_s,
         )
-        joining = _beside(lambda: client.init_weight_transfer_engine(worker_init_payload(info)))
+        joining = _in_thread(lambda: client.init_weight_transfer_engine(worker_init_payload(info)))
         try:
-            group = point.open(self._device, is_hopeless=lambda: client.has_failed)
-        except (AbsentError, PeerLostError) as error:
-            joining.result()  # says which generator it was, where one did fail
-            raise FleetError(str(error)) from error
+            group = point.open(self._device, must_stop=lambda: client.has_failed)
+        except (MissingRanksError, PeerLostError) as error:
+            joining.result()  # raises the failure that names the generator, if there is one
+            raise PushFailedError(str(error)) from error
         self.model_update_group = group  # type: ignore[assignment]  # it has the interface of vLLM's
         joining.result()
 
     def send_weights(self) -> None:
-        """Send one version, and see to it that it is loaded. On every rank.
+        """Send one version and have it loaded and verified. On every rank.
 
         Raises:
-            FleetError: on rank 0: not every generator serves it now.
+            PushFailedError: on rank 0: a generator does not serve the version.
         """
         one_pass = iter(self.source)
         try:
@@ -131,13 +130,13 @@ class CheckedNcclTrainer(NCCLTrainerWeightTransferEngine):
             one_pass.drain()
             self._post_send_sync()
 
-    def give_up(self, why: str) -> None:
-        """Break the group on all its members."""
+    def abort(self, why: str) -> None:
+        """Abort the transfer group on all members."""
         group: Any = self.model_update_group
         if group is not None:
-            group.give_up(why)
+            group.abort(why)
 
-    def _send(self, one_pass: Pass, meta: list[ParamMeta]) -> None:
+    def _send(self, one_pass: SourcePass, meta: list[ParamMeta]) -> None:
         group: Any = self.model_update_group
         info = NCCLWeightTransferUpdateInfo(
             names=[tensor.name for tensor in meta],
@@ -145,16 +144,16 @@ class CheckedNcclTrainer(NCCLTrainerWeightTransferEngine):
             shapes=[list(tensor.shape) for tensor in meta],
         )
         self.client.start_weight_update()
-        receiving = _beside(lambda: self.client.update_weights(vars(info)))
+        receiving = _in_thread(lambda: self.client.update_weights(vars(info)))
         try:
             with group.bounded(self._transfer_s):
                 self._broadcast(one_pass, meta)
         except PeerLostError as error:
-            receiving.result()  # says which generator it was, where one did fail
-            raise FleetError(str(error)) from error
+            receiving.result()  # raises the failure that names the generator, if there is one
+            raise PushFailedError(str(error)) from error
         except BaseException as error:
-            self.give_up(f"the trainer failed while it sent: {error!r}")
-            with contextlib.suppress(FleetError):
+            self.abort(f"the trainer failed during the broadcast: {error!r}")
+            with contextlib.suppress(PushFailedError):
                 receiving.result()
             raise
         receiving.result()
@@ -174,29 +173,29 @@ class CheckedNcclTrainer(NCCLTrainerWeightTransferEngine):
             group.broadcast(chunk.packed_tensor, src=0)
 
 
-class CheckedIpcTrainer(IPCTrainerWeightTransferEngine):
-    """Lends every rank's GPU memory to the generators' workers on the same GPUs, a chunk at a time.
+class CheckedIpcSender(IPCTrainerWeightTransferEngine):
+    """Shares every rank's GPU memory with the generators' workers on the same GPUs, chunk by chunk.
 
-    A generator that fails doesn't stop the others. Failures on rank 0 are kept until all ranks have met in all
-    collectives. Nothing of the GPU's memory is held between pushes.
+    A generator's failure does not stop the others. A failure on rank 0 is raised after all ranks have been through all
+    collectives. No GPU memory is held between pushes.
     """
 
-    client: FleetClient
+    client: PushRecipients
     source: PushSource
 
     def __init__(self, *, is_new: bool, **kwargs: Any) -> None:
         """Args:
-        is_new: the generators haven't been told how the trainer sends.
+        is_new: the generators have still to be told how the trainer sends.
         """
         super().__init__(**kwargs)
         self._is_new = is_new
-        self._failure: FleetError | None = None
+        self._failure: PushFailedError | None = None
 
     def send_weights(self) -> None:
-        """Send one version, and see to it that it is loaded. On every rank.
+        """Send one version and have it loaded and verified. On every rank.
 
         Raises:
-            FleetError: on rank 0: not every generator serves it now.
+            PushFailedError: on rank 0: a generator does not serve the version.
         """
         self._failure = None
         one_pass: Any = iter(self.source)
@@ -235,115 +234,117 @@ class CheckedIpcTrainer(IPCTrainerWeightTransferEngine):
         if self.is_sender and self._failure is None:
             try:
                 call()
-            except FleetError as error:
+            except PushFailedError as error:
                 self._failure = error
 
 
 class DeviceSender:
-    """A trainer rank's part in pushing versions to generators. Make it on every rank, from the same tensors."""
+    """Pushes versions from a trainer rank to generators. Build it on every rank, from the same tensors."""
 
     def __init__(
         self, tensors: Sequence[SourceTensor], settings: PushSettings, *, rank: int, device: torch.device
     ) -> None:
         """Args:
         tensors: in the order of sending, the same on all ranks.
-        settings: how.
-        rank: of this trainer process.
-        device: of this rank's model.
+        settings: settings of the push.
+        rank: rank of this trainer process.
+        device: device of this rank's model.
 
         Raises:
-            ValueError: there is nothing to send, two tensors have one name, or ipc is asked for without a GPU.
+            ValueError: there is no tensor, two tensors have one name, or the backend is ipc on a CPU.
         """
         if settings.backend == "ipc" and device.type != "cuda":
-            raise ValueError(f"weights can be pushed over ipc from a GPU only; this trainer runs on {device.type}")
+            raise ValueError(
+                f"weights.backend = ipc shares a GPU's memory, but this trainer runs on {device.type}. Set it to zmq."
+            )
         self._settings = settings
         self._rank = rank
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self._device = device
         is_one_size = len({DTYPES[tensor.dtype].itemsize for tensor in tensors}) == 1
-        self._packed = settings.packed and is_one_size  # else a tensor may lie askew behind another in the buffer
+        self._packed = settings.packed and is_one_size  # with several sizes, a tensor in the buffer may be misaligned
         self._source = PushSource(
             tensors,
             device=device,
             gather_bytes=settings.gather_bytes,
             is_read=rank == 0 or settings.backend == "ipc",
-            is_fingerprinted=rank == 0,
+            takes_digests=rank == 0,
         )
         self._client = self._client_of(())
-        self._engine: CheckedNcclTrainer | CheckedIpcTrainer | None = None
+        self._sender: CheckedNcclSender | CheckedIpcSender | None = None
 
-    def push(self, version: int, ports: Sequence[GeneratorPort] = ()) -> PushReport | None:
-        """Send the weights as they are now. Collective: every rank calls it, between two updates.
+    def push(self, version: int, targets: Sequence[PushTarget] = ()) -> PushReport | None:
+        """Send the current weights. Collective: every rank calls it, between two updates.
 
         Args:
             version: number of the policy version.
-            ports: on rank 0, the generators to send to, each with another name. Where they aren't those of the last
-                push, or that push failed, the group is made anew.
+            targets: on rank 0, the generators to send to, with distinct names. The transfer group is formed again where
+                they differ from those of the last push, or that push failed.
         Returns:
-            On rank 0, what became of each generator. Generators that fail are reported, not raised.
+            On rank 0, a report with the result of each generator, failures included; None on the other ranks.
         Raises:
-            ValueError: the tensors aren't as declared, or can't be sent this way.
+            ValueError: a tensor differs from its declaration, or cannot be sent by this backend.
         """
         if self._rank != 0:
-            self._engine = self._engine or self._make_engine()
-            self._engine.send_weights()
+            self._sender = self._sender or self._make_sender()
+            self._sender.send_weights()
             return None
         started = time.monotonic()
-        if _key(ports) != _key(self._client.ports):
+        if _key(targets) != _key(self._client.targets):
             self.close()
-            self._client = self._client_of(ports)
-        printed: list[VersionPrint] = []
+            self._client = self._client_of(targets)
+        computed: list[VersionDigests] = []
 
-        def sent() -> VersionPrint:
-            printed.append(self._source.print_of(version))
-            return printed[-1]
+        def sent() -> VersionDigests:
+            computed.append(self._source.digests_of(version))
+            return computed[-1]
 
         client, deadline = self._client, Deadline(self._settings.deadline_s)
-        client.begin(deadline, self._shares, sent, self._give_up)
+        client.begin(deadline, self._phases, sent, self._abort)
         join_s = 0.0
         try:
-            if self._engine is None:
-                self._engine = self._make_engine()
+            if self._sender is None:
+                self._sender = self._make_sender()
                 join_s = time.monotonic() - started
-            self._engine.send_weights()
-        except FleetError as error:
+            self._sender.send_weights()
+        except PushFailedError as error:
             client.abandon(str(error))
             self.close()
         except BaseException as error:
             client.abandon(f"the trainer failed: {error!r}")
             self.close()
             raise
-        outcomes = tuple(client.outcomes[port.name] for port in ports)
-        digest = printed[-1].digest if printed else ""
-        report = PushReport(version, digest, outcomes, join_s, time.monotonic() - started - join_s)
+        results = tuple(client.results[target.name] for target in targets)
+        digest = computed[-1].digest if computed else ""
+        report = PushReport(version, digest, results, join_s, time.monotonic() - started - join_s)
         if not report.is_whole:
             logger.warning("%s", report)
         return report
 
     def close(self) -> None:
-        """Leave the group. The next push makes a new one."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.shutdown()
+        """Leave the transfer group. The next push forms a new one."""
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.shutdown()
 
     @property
-    def _shares(self) -> PhaseDeadlines:
+    def _phases(self) -> PhaseDeadlines:
         whole_s = self._settings.deadline_s
-        return PhaseDeadlines(JOIN_SHARE * whole_s, TRANSFER_SHARE * whole_s, SETTLE_SHARE * whole_s)
+        return PhaseDeadlines(JOIN_FRACTION * whole_s, TRANSFER_FRACTION * whole_s, CLEANUP_FRACTION * whole_s)
 
-    def _client_of(self, ports: Sequence[GeneratorPort]) -> FleetClient:
-        return FleetClient(ports, is_collective=self._settings.backend == "nccl")
+    def _client_of(self, targets: Sequence[PushTarget]) -> PushRecipients:
+        return PushRecipients(targets, is_collective=self._settings.backend == "nccl")
 
-    def _make_engine(self) -> CheckedNcclTrainer | CheckedIpcTrainer:
+    def _make_sender(self) -> CheckedNcclSender | CheckedIpcSender:
         is_sender = self._rank == 0
         wire = {"packed": self._packed, "packed_buffer_size_bytes": self._settings.buffer_bytes}
         if self._settings.backend == "ipc":
             wire["packed_buffer_size_bytes"] = max(self._settings.buffer_bytes, self._source.largest_bytes)
-            return CheckedIpcTrainer(is_new=True, client=self._client, source=self._source, is_sender=is_sender, **wire)
-        engine = CheckedNcclTrainer(
+            return CheckedIpcSender(is_new=True, client=self._client, source=self._source, is_sender=is_sender, **wire)
+        sender = CheckedNcclSender(
             device=self._device,
-            transfer_s=self._shares.transfer_s,
+            transfer_s=self._phases.transfer_s,
             client=self._client,
             source=self._source,
             is_sender=is_sender,
@@ -351,24 +352,24 @@ class DeviceSender:
         )
         if is_sender:
             try:
-                engine.meet(self._settings.address, self._shares)
+                sender.meet(self._settings.address, self._phases)
             except BaseException:
-                engine.shutdown()
-                iter(self._source).drain()  # the other ranks are on their way through it
+                sender.shutdown()
+                iter(self._source).drain()  # the other ranks are in the same pass
                 raise
-        return engine
+        return sender
 
-    def _give_up(self, why: str) -> None:
-        if isinstance(self._engine, CheckedNcclTrainer):
-            self._engine.give_up(why)
-
-
-def _key(ports: Sequence[GeneratorPort]) -> list[tuple[str, str, int]]:
-    return [(port.name, port.incarnation, port.workers) for port in ports]
+    def _abort(self, why: str) -> None:
+        if isinstance(self._sender, CheckedNcclSender):
+            self._sender.abort(why)
 
 
-def _beside(call: Callable[[], None]) -> Future[None]:
-    """A call on a thread of its own, which nothing waits for at exit."""
+def _key(targets: Sequence[PushTarget]) -> list[tuple[str, str, int]]:
+    return [(target.name, target.incarnation, target.workers) for target in targets]
+
+
+def _in_thread(call: Callable[[], None]) -> Future[None]:
+    """Run a call in a daemon thread of its own."""
     result: Future[None] = Future()
 
     def run() -> None:

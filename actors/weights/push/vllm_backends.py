@@ -1,17 +1,17 @@
-"""vLLM's side of a push, inside each of the engine's worker processes: its `nccl` and `ipc` backends, checked.
+"""The nccl and ipc transfer backends of a push, inside each of the vLLM engine's worker processes: vLLM's, with checks.
 
-Tensors arrive as in vLLM's own engines. Here each is fingerprinted on the device as it is handed to the model, and
-nothing counts as loaded before the fingerprints agree with the trainer's. One session, while generation is paused:
+Tensors arrive as in vLLM's own backends. Here a device digest of each is computed as it is given to the model, and the
+version counts as loaded only when the digests agree with the trainer's. One session, while generation is paused:
 
 1. `start_weight_update`
 2. `update_weights` with tensors ("names"): nccl once, at the same time as the trainer's broadcast; ipc once a chunk
-3. `update_weights` with {"verify": VersionPrint.pack(), "digest": ...}: raises where anything differs, and says what
-4. `finish_weight_update`: refuses what wasn't verified
+3. `update_weights` with {"verify": VersionDigests.pack(), "digest": ...}: raises where anything differs, and names it
+4. `finish_weight_update`: refuses weights that were not verified
 
-A generator that missed a push catches up by pulling: an update without "names" goes to our zmq engine, which checks for
-itself, and needs no third call. A session that won't be finished is ended by {"abandon": why}, which always raises.
-After any error the layers are in place again, but the model may hold parts of two versions ("[stale]" in the error's
-text), or still its former version whole ("[untouched]").
+A generator that missed a push pulls the version: an update without "names" goes to the zmq transfer backend, whose
+bytes the generator has checked, and skips the third call. {"abandon": why} ends a session that will not be finished; it
+always raises. After any error the layers are restored, but the model may hold parts of two versions ("[stale]" in the
+error's text) or its former version whole ("[untouched]").
 """
 
 from __future__ import annotations
@@ -33,31 +33,29 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-from actors.weights.push.device_digest import VersionPrint, as_integers, lanes
-from actors.weights.push.group import STALE, UNTOUCHED, Meeting, TransferGroup, join_group
+from actors.weights.push.device_digest import VersionDigests, as_integers, digest_halves
+from actors.weights.push.group import STALE, UNTOUCHED, Rendezvous, TransferGroup, join_group
 from actors.weights.push.ipc_handles import from_plain
 from actors.weights.source import DTYPES
-from actors.weights.worker.transfer_backend import ZmqWeightTransferEngine, refresh_tied_heads
-
-NAMED_IN_ERRORS = 5
+from actors.weights.worker.transfer_backend import ZmqTransferBackend, first_names, refresh_tied_heads
 
 
 class NotLoadedError(RuntimeError):
-    """The version that was pushed isn't what the model holds."""
+    """The model does not hold the pushed version."""
 
 
-class Intake:
-    """Stands where vLLM's engines expect the model: fingerprints tensors on their way in, and sees that it takes them.
+class DigestingModel:
+    """A model for vLLM's backends that computes a device digest of each tensor and checks that the model takes it.
 
-    The first time a name comes, its tensor is loaded alone, so that a name which the model ignores is found out. Which
-    names it takes doesn't change, so later they go in as they come.
+    A name that comes for the first time is loaded alone, which detects that the model ignores it. The set of names that
+    the model takes is constant, so known names are loaded together.
     """
 
     def __init__(self, model: nn.Module, known: set[str], *, is_part: bool) -> None:
         """Args:
-        model: what takes them.
-        known: names that it is known to take; added to.
-        is_part: the model holds only some layers or experts, and rightly ignores the others.
+        model: the model to load into.
+        known: names that the model is known to take; new ones are added.
+        is_part: the model holds only some layers or experts, and ignores the names of the others.
         """
         self._model: Any = model
         self._known = known
@@ -65,16 +63,20 @@ class Intake:
         self._received: dict[str, tuple[str, tuple[int, ...], Tensor]] = {}
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Hand tensors on to the model.
+        """Load tensors into the model.
 
         Raises:
-            NotLoadedError: it ignores one, or one comes twice.
+            NotLoadedError: the model ignores a name, or a name comes twice.
         """
         given = list(weights)
         for name, tensor in given:
             if name in self._received:
-                raise NotLoadedError(f"{name} came twice")
-            self._received[name] = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), lanes(tensor))
+                raise NotLoadedError(f"{name} arrived twice")
+            self._received[name] = (
+                str(tensor.dtype).removeprefix("torch."),
+                tuple(tensor.shape),
+                digest_halves(tensor),
+            )
         loaded: set[str] = set()
         for name, tensor in given:
             if name not in self._known:
@@ -84,14 +86,14 @@ class Intake:
         return loaded | self._load(later) if later else loaded
 
     def is_empty(self) -> bool:
-        """Whether nothing has come yet."""
+        """Whether no tensor has come yet."""
         return not self._received
 
-    def print_of(self, version: int) -> VersionPrint:
-        """Of everything that came. Waits for the device."""
-        values = as_integers([tensor_lanes for _, _, tensor_lanes in self._received.values()])
+    def digests_of(self, version: int) -> VersionDigests:
+        """Device digests of the received tensors. Synchronises with the device."""
+        values = as_integers([halves for _, _, halves in self._received.values()])
         rows = zip(self._received.items(), values, strict=True)
-        return VersionPrint(version, tuple((name, dtype, shape, value) for (name, (dtype, shape, _)), value in rows))
+        return VersionDigests(version, tuple((name, dtype, shape, value) for (name, (dtype, shape, _)), value in rows))
 
     def _load(self, given: list[tuple[str, Tensor]]) -> set[str]:
         read: set[str] = set()
@@ -100,66 +102,68 @@ class Intake:
         if not ignored and loaded is not None and not loaded and not self._is_part:
             ignored = [name for name, _ in given]
         if ignored:
-            raise NotLoadedError(f"the model doesn't take {_some(ignored)}")
+            raise NotLoadedError(f"the model ignores {first_names(ignored)}")
         return loaded or set()
 
 
-class _CheckedEngine(WeightTransferEngine[Any, Any]):
-    """What both engines do around vLLM's own receiving. Comes first among the bases."""
+class _CheckedBackend(WeightTransferEngine[Any, Any]):
+    """The checks of both backends around vLLM's own receiving. Must be the first base class."""
 
     supports_draft_weight_update = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._pulled = ZmqWeightTransferEngine(*args, **kwargs)
+        self._pulled = ZmqTransferBackend(*args, **kwargs)
         self._known: set[str] = set()
         self._is_verified = False
-        self._intake = self._new_intake()
+        self._digesting = self._new_digesting_model()
 
     def start_weight_update(self) -> None:
-        """Make the layers ready to be loaded anew.
+        """Prepare the layers for loading.
 
         Raises:
-            NotLoadedError: the weights' memory is given up while the engine sleeps.
+            NotLoadedError: the vLLM engine sleeps, so the weights have no memory.
         """
         if getattr(self.model_config, "enable_sleep_mode", False) and _weights_are_asleep():
-            raise NotLoadedError(f"{UNTOUCHED} the engine's weights are asleep; wake_up(tags=['weights']) comes first")
-        self._intake, self._is_verified = self._new_intake(), False
+            raise NotLoadedError(
+                f"{UNTOUCHED} the vLLM engine's weights are asleep. Call wake_up(tags=['weights']) first."
+            )
+        self._digesting, self._is_verified = self._new_digesting_model(), False
         super().start_weight_update()  # type: ignore[safe-super]
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """One step of a session (see the top of the file).
 
         Raises:
-            NotLoadedError: and whatever vLLM or the group raises; the text says in which state the model is.
+            NotLoadedError: the step failed; the text names the cause and the state of the model.
         """
         is_pull = not update_info.keys() & {"names", "verify", "abandon"}
         try:
             if "abandon" in update_info:
                 raise NotLoadedError(f"the update was abandoned: {update_info['abandon']}")
             if "verify" in update_info:
-                self._verify(VersionPrint.unpack(update_info["verify"]), str(update_info["digest"]))
+                self._verify(VersionDigests.unpack(update_info["verify"]), str(update_info["digest"]))
             elif is_pull:
                 self._pulled.update_weights(update_info)
                 self._is_verified = True
             else:
                 self._receive(update_info)
         except BaseException as error:
-            self._put_back()
+            self._restore_layers()
             if not isinstance(error, Exception):
                 raise
-            mark = UNTOUCHED if self._intake.is_empty() and not is_pull else STALE
+            mark = UNTOUCHED if self._digesting.is_empty() and not is_pull else STALE
             raise NotLoadedError(f"{mark} {type(error).__name__}: {error}") from error
 
     def finish_weight_update(self) -> None:
-        """Put processed weights in place.
+        """Process the loaded weights for the kernels.
 
         Raises:
-            NotLoadedError: they weren't verified. vLLM then takes the session for open: abandon it.
+            NotLoadedError: they were not verified. vLLM considers the session open: abandon it.
         """
         if not self._is_verified:
-            self._put_back()
-            raise NotLoadedError(f"{STALE} weights were loaded, but never compared with what the trainer sent")
+            self._restore_layers()
+            raise NotLoadedError(f"{STALE} the loaded weights were not compared with the trainer's digests")
         super().finish_weight_update()  # type: ignore[safe-super]
         if self.device.type == "cpu":
             refresh_tied_heads(self.model)
@@ -167,15 +171,15 @@ class _CheckedEngine(WeightTransferEngine[Any, Any]):
             torch.accelerator.synchronize()
 
     def prepare(self, paths: list[str]) -> None:
-        """See :meth:`ZmqWeightTransferEngine.prepare`."""
+        """See :meth:`ZmqTransferBackend.prepare`."""
         self._pulled.prepare(paths)
 
     def stage(self, update_info: dict[str, Any]) -> str:
-        """See :meth:`ZmqWeightTransferEngine.stage`. A session has emptied the layers before it is known what comes."""
-        return "an engine that versions are pushed into loads those that it pulls in place too"
+        """Never stages: a session prepares the layers for loading before it is known what will come."""
+        return "weights.backend is nccl or ipc, which load pulled versions in place"
 
     def shutdown(self) -> None:
-        """Leave the group, and unmap what was pulled."""
+        """Leave the transfer group and unmap pulled versions."""
         super().shutdown()  # type: ignore[safe-super]
         self._pulled.shutdown()
 
@@ -183,7 +187,7 @@ class _CheckedEngine(WeightTransferEngine[Any, Any]):
         self._is_verified = False
         info = self.parse_update_info(update_info)
         model = self.model
-        self.model = self._intake  # type: ignore[assignment]  # the base hands tensors to self.model.load_weights
+        self.model = self._digesting  # type: ignore[assignment]  # the base class calls self.model.load_weights
         try:
             self.receive_weights(info)
         finally:
@@ -191,76 +195,80 @@ class _CheckedEngine(WeightTransferEngine[Any, Any]):
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
-    def _verify(self, sent: VersionPrint, digest: str) -> None:
-        came = self._intake.print_of(sent.version)
+    def _verify(self, sent: VersionDigests, digest: str) -> None:
+        came = self._digesting.digests_of(sent.version)
         theirs, ours = ({name: rest for name, *rest in side.tensors} for side in (sent, came))
         if missing := [name for name in theirs if name not in ours]:
-            raise NotLoadedError(f"policy version {sent.version} came without {_some(missing)}")
+            raise NotLoadedError(f"policy version {sent.version} arrived without {first_names(missing)}")
         if strange := [name for name in ours if name not in theirs]:
-            raise NotLoadedError(f"policy version {sent.version} came with {_some(strange)}, which wasn't sent")
+            raise NotLoadedError(
+                f"policy version {sent.version} arrived with {first_names(strange)}, which the trainer did not send"
+            )
         if changed := [name for name in theirs if theirs[name] != ours[name]]:
-            raise NotLoadedError(f"policy version {sent.version} was damaged on the way: {_some(changed)}")
+            raise NotLoadedError(f"policy version {sent.version} was damaged in transfer: {first_names(changed)}")
         if came.digest != digest:
-            raise NotLoadedError(f"policy version {sent.version} has digest {came.digest}, not the announced {digest}")
+            raise NotLoadedError(f"policy version {sent.version} has digest {came.digest}, but {digest} was announced")
         self._is_verified = True
 
-    def _put_back(self) -> None:
+    def _restore_layers(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
 
-    def _new_intake(self) -> Intake:
+    def _new_digesting_model(self) -> DigestingModel:
         parallel = self.parallel_config
         is_part = parallel.pipeline_parallel_size > 1 or parallel.enable_expert_parallel
-        return Intake(self.model, self._known, is_part=is_part)
+        return DigestingModel(self.model, self._known, is_part=is_part)
 
 
 @dataclass(kw_only=True)
 class CheckedNcclInitInfo(NCCLWeightTransferInitInfo):
-    """vLLM's, with the meeting's token and a deadline.
+    """vLLM's init info, with the rendezvous's token and a deadline.
 
     Attributes:
-        token: of the meeting at master_address and master_port.
-        deadline_s: for this worker to join the group, and for each transfer.
+        token: token of the rendezvous at master_address and master_port.
+        deadline_s: bounds joining the group, and each transfer.
     """
 
     token: str = field(repr=False)
     deadline_s: float
 
 
-class CheckedNcclEngine(_CheckedEngine, NCCLWeightTransferEngine):
-    """Receives what the trainer broadcasts: through NCCL between GPUs, through gloo between CPUs."""
+class CheckedNcclBackend(_CheckedBackend, NCCLWeightTransferEngine):
+    """Receives the trainer's broadcast: through NCCL between GPUs, through gloo between CPUs."""
 
     init_info_cls: Any = CheckedNcclInitInfo
     update_info_cls = NCCLWeightTransferUpdateInfo
 
     def init_transfer_engine(self, init_info: Any) -> None:
-        """Join a new group, and leave the one before.
+        """Leave the former transfer group and join a new one.
 
         Args:
             init_info: a CheckedNcclInitInfo.
         Raises:
-            PeerLostError: the group didn't come about in time.
+            PeerLostError: the group was not formed within the deadline.
         """
         self._leave()
         if init_info.master_address is None or init_info.master_port is None:
-            raise ValueError("a push needs the address and port of the trainer's meeting point")
-        meeting = Meeting(init_info.master_address, init_info.master_port, init_info.token, init_info.world_size)
+            raise ValueError(
+                "init info for nccl lacks master_address or master_port, where the trainer's rendezvous is"
+            )
+        rendezvous = Rendezvous(init_info.master_address, init_info.master_port, init_info.token, init_info.world_size)
         parallel = self.parallel_config
         rank = parallel.data_parallel_index * parallel.world_size + parallel.rank + init_info.rank_offset
         self.packed = init_info.packed
         self.packed_buffer_size_bytes = init_info.packed_buffer_size_bytes
         self.packed_num_buffers = init_info.packed_num_buffers
         self._deadline_s = init_info.deadline_s
-        self.model_update_group = join_group(meeting, rank, self.device, init_info.deadline_s)  # type: ignore[assignment]
+        self.model_update_group = join_group(rendezvous, rank, self.device, init_info.deadline_s)  # type: ignore[assignment]
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         """Take part in the trainer's broadcasts.
 
         Raises:
-            PeerLostError: they weren't over in time, or a member was lost. The group is of no use any more.
+            PeerLostError: they missed the deadline, or a member was lost. This worker has left the group.
         """
         group: Any = self.model_update_group
         if group is None:
-            raise NotLoadedError("this worker is in no group: init_weight_transfer_engine comes first")
+            raise NotLoadedError("this worker has joined no transfer group. Call init_weight_transfer_engine first.")
         try:
             with group.bounded(self._deadline_s):
                 if self.device.type == "cpu":
@@ -277,50 +285,52 @@ class CheckedNcclEngine(_CheckedEngine, NCCLWeightTransferEngine):
             group.destroy()
 
     def _receive_on_cpu(self, group: TransferGroup, update_info: NCCLWeightTransferUpdateInfo) -> None:
-        """What vLLM's `receive_weights` does with CUDA streams, without them."""
+        """vLLM's `receive_weights` without CUDA streams."""
         for chunk in _chunks(update_info, self.packed_buffer_size_bytes if self.packed else 0):
             names, dtypes, shapes, sizes = (list(column) for column in zip(*chunk, strict=True))
             buffer = torch.empty(sum(sizes), dtype=torch.uint8)
             group.broadcast(buffer, src=0)
-            self._intake.load_weights(unpack_tensor(buffer, names, shapes, dtypes, sizes))
+            self._digesting.load_weights(unpack_tensor(buffer, names, shapes, dtypes, sizes))
 
 
-class CheckedIpcEngine(_CheckedEngine, IPCWeightTransferEngine):
+class CheckedIpcBackend(_CheckedBackend, IPCWeightTransferEngine):
     """Reads weights from the memory of a trainer on the same GPU."""
 
     init_info_cls = IPCWeightTransferInitInfo
     update_info_cls = IPCWeightTransferUpdateInfo
 
     def init_transfer_engine(self, init_info: IPCWeightTransferInitInfo) -> None:
-        """Note how the trainer sends.
+        """Record how the trainer sends.
 
         Raises:
-            ValueError: there is no GPU to share.
+            ValueError: the vLLM engine runs on a CPU.
         """
         if self.device.type != "cuda":
-            raise ValueError(f"the ipc backend shares a GPU's memory, but this engine runs on {self.device.type}")
+            raise ValueError(
+                f"weights.backend = ipc shares a GPU's memory, but this vLLM engine runs on {self.device.type}"
+            )
         super().init_transfer_engine(init_info)
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> IPCWeightTransferUpdateInfo:
-        """A chunk whose handles are plain values.
+        """Parse a chunk whose handles are plain values.
 
         Raises:
-            ValueError: they are pickled, or aren't handles.
+            ValueError: the handles are pickled, or are no handles.
         """
         if "ipc_handles_pickled" in update_dict:
-            raise ValueError("pickled handles aren't taken; send plain ones")
+            raise ValueError("pickled IPC handles are refused: send plain values (ipc_handles)")
         handles = update_dict.get("ipc_handles")
         plain = [from_plain(handle) for handle in handles] if isinstance(handles, list) else from_plain(handles or {})
         return super().parse_update_info(update_dict | {"ipc_handles": plain})
 
-    def _put_back(self) -> None:
-        super()._put_back()
+    def _restore_layers(self) -> None:
+        super()._restore_layers()
         self._packed_importer.close()
 
 
 def _chunks(info: NCCLWeightTransferUpdateInfo, buffer_bytes: int) -> Iterator[list[tuple[Any, ...]]]:
-    """Name, dtype, shape and bytes of the tensors in each broadcast: one, or, with a buffer, as `pack_tensors` cuts
-    them, behind the first tensor that makes a chunk larger than the buffer."""
+    """Name, dtype, shape and bytes of the tensors in each broadcast. Without a buffer that is one tensor; with one, a
+    chunk ends with the tensor that makes it larger than the buffer, as in `pack_tensors`."""
     chunk: list[tuple[Any, ...]] = []
     total = 0
     for name, dtype_name, shape in zip(info.names, info.dtype_names, info.shapes, strict=True):
@@ -339,11 +349,6 @@ def _noted(given: list[tuple[str, Tensor]], read: set[str]) -> Iterator[tuple[st
     for name, tensor in given:
         yield name, tensor
         read.add(name)
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - NAMED_IN_ERRORS
-    return ", ".join(names[:NAMED_IN_ERRORS]) + (f" and {more} more" if more > 0 else "")
 
 
 def _weights_are_asleep() -> bool:

@@ -1,9 +1,9 @@
-"""A second set of a model's weights, made ready beside the one that it computes with, and put in its place at once.
+"""Staging: loads a version into a shadow copy of the model while generation runs, then swaps the two sets of weights.
 
-vLLM's layerwise reload loads into the model itself, so generation has to stand still as long as that takes; on CPU most
-of it is packing weights for the kernels. Here the same reload runs on a shadow of the model: modules that share with
-the model's own everything but their weights. It runs in a thread while generation goes on, and what is left for the
-pause is an exchange of references. The price is memory for a second copy of the weights until then.
+vLLM's layerwise reload loads into the model itself, so generation is paused for all of it; on CPU most of that time is
+spent packing weights for the kernels. Here the same reload runs in a thread, on a shadow of the model: modules that
+share everything with the model's own but their weights. Only the exchange of references needs a pause. Staging takes
+memory for a second copy of the weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vllm.model_executor.model_loader.reload.sanitize import layer_ref_sentinel
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
 METHODS = (type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
-"""Ways of computing that keep all that a load changes in the layer itself."""
+"""Quantisation methods that keep everything that a load changes in the layer itself."""
 ATTENTION = (Attention, MMEncoderAttention)
 TENSORS = frozenset({"_parameters", "_buffers", "_modules"})
 
@@ -45,23 +45,23 @@ class _Pair:
     attributes: dict[str, Any]
 
 
-def why_not_staged(model: nn.Module) -> str | None:
-    """What of a model keeps it from being staged; None where nothing does."""
+def staging_obstacle(model: nn.Module) -> str | None:
+    """The reason why a model cannot be staged; None where it can."""
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, BaseLayerWithLoRA):
             return f"{name} ({kind}) has adapters"
         if type(getattr(module, "quant_method", None)) not in METHODS:
-            return f"{name} ({kind}) computes by {type(module.quant_method).__name__}"
+            return f"{name} ({kind}) computes with {type(module.quant_method).__name__}"
         if is_deferred_attention_layer(module) and type(module) not in ATTENTION:
-            return f"{name} is {kind}"
+            return f"{name} is {kind}, an attention layer with processed weights of its own"
         if any(tensor.device.type != "cpu" for tensor in module._parameters.values() if tensor is not None):
-            return f"{name} isn't on the CPU"
+            return f"{name} is on a GPU, and staging works on CPU only"
     return None
 
 
 class StagedModel:
-    """One version of a model's weights on its way in. :meth:`load` from any thread, then :meth:`swap`."""
+    """One staged version of a model's weights. Call :meth:`load` from any thread, then :meth:`swap`."""
 
     def __init__(self, model: nn.Module, model_config: Any) -> None:
         self._model_config = model_config
@@ -70,16 +70,16 @@ class StagedModel:
 
     @torch.no_grad()
     def load(self, load_weights: Callable[[Any], None]) -> None:
-        """Load into the shadow; the model itself stays as it is.
+        """Load a version into the shadow; the model itself is unchanged.
 
         Args:
-            load_weights: loads a version into the model that it is given, or raises.
+            load_weights: loads the version into the model it is called with, or raises.
         """
         for pair in self._pairs:
             _describe(pair)
         initialize_layerwise_reload(self._shadow)
         for pair in self._pairs:
-            # no tensors to write the result into: it stays where it is made
+            # None: the result stays in the tensors in which it is made
             get_layerwise_info(pair.shadow).kernel_tensors = None
             has_weights = any(tensor is not None for tensor in pair.module._parameters.values())
             for name, buffer in pair.module._buffers.items():
@@ -89,23 +89,23 @@ class StagedModel:
         finally:
             for pair in self._pairs:
                 info = get_layerwise_info(pair.shadow)
-                if info.can_load() and info.load_numel <= 0:  # nothing came for it: it keeps what it has
+                if info.can_load() and info.load_numel <= 0:  # no tensor came for it: it keeps its weights
                     info.kernel_tensors = _tensors(pair.module._parameters), _tensors(pair.shadow._buffers)
                     info.load_numel_total = 0
             finalize_layerwise_reload(self._shadow, self._model_config)
             for pair in self._pairs:
                 del LAYERWISE_INFO[pair.shadow]
-        self._tie()
+        self._tie_weights()
 
     def swap(self) -> None:
-        """Exchange the model's weights and the shadow's, by reference. Generation has to stand still."""
+        """Exchange the model's weights and the shadow's, by reference. Generation must be paused."""
         swapped: set[int] = set()
         for pair in self._pairs:
             for name, own in (*pair.module._parameters.items(), *pair.module._buffers.items()):
                 staged = pair.shadow._parameters.get(name, pair.shadow._buffers.get(name))
                 if own is None or staged is None or staged is own or id(own) in swapped:
                     continue
-                own.data, staged.data = staged.data, own.data  # whoever else holds the parameter sees it too
+                own.data, staged.data = staged.data, own.data  # other holders of the parameter see it too
                 swapped.add(id(own))
             for name, value in pair.shadow.__dict__.items():
                 if name not in TENSORS and value is not pair.attributes.get(name):
@@ -113,14 +113,14 @@ class StagedModel:
                     pair.module.__dict__[name] = value
 
     def release(self) -> None:
-        """Let go of the weights that it holds: the staged ones, or after :meth:`swap` the old ones."""
+        """Free the shadow's weights: the staged ones, or the former ones after :meth:`swap`."""
         for pair in self._pairs:
-            pair.shadow.__dict__.clear()  # its parameters' loaders refer to it, so it wouldn't go by itself
+            pair.shadow.__dict__.clear()  # its parameters' loaders refer to it: a reference cycle
             pair.attributes.clear()
         self._pairs.clear()
 
-    def _tie(self) -> None:
-        """Layers that use another one's weights use its new ones, in the form their kernels want them in."""
+    def _tie_weights(self) -> None:
+        """Give tied layers the new weights, processed for their kernels."""
         new: dict[int, Tensor] = {}
         for pair in self._pairs:
             for name, staged in _tensors(pair.shadow._parameters).items():
@@ -136,11 +136,11 @@ class StagedModel:
 
 
 def _shadows(model: nn.Module) -> list[_Pair]:
-    """Of all modules, the model's own first. What refers to a module of the model refers to its shadow there."""
+    """A shadow of each module, the model's own first. References between modules become references between shadows."""
     shadows: dict[int, nn.Module] = {}
     for module in model.modules():
         shadow = shadows[id(module)] = object.__new__(type(module))
-        shadow.__dict__.update(module.__dict__)  # at once: generation goes on, and may add something
+        shadow.__dict__.update(module.__dict__)  # one atomic copy: generation runs and may add attributes
     pairs = []
     for module in model.modules():
         shadow = shadows[id(module)]
@@ -153,7 +153,7 @@ def _shadows(model: nn.Module) -> list[_Pair]:
 
 
 def _referring(value: Any, shadows: dict[int, nn.Module]) -> Any:
-    """A value of a module's attribute, with shadows in the place of modules."""
+    """The value of a module's attribute, with modules replaced by their shadows."""
     if isinstance(value, nn.Module):
         return shadows.get(id(value), value)
     if isinstance(value, MethodType) and id(value.__self__) in shadows:
@@ -166,19 +166,19 @@ def _referring(value: Any, shadows: dict[int, nn.Module]) -> Any:
 
 
 def _describe(pair: _Pair) -> None:
-    """Tell vLLM how the shadow's parameters look before they are loaded, as it knows it of the module's."""
+    """Register the shadow's unloaded parameters with vLLM's layerwise reload, from its record of the module's."""
     info = get_layerwise_info(pair.module)
     described = {name: _own(to_meta_tensor(tensor), pair) for name, tensor in info.restore_metadata[0].items()}
     LAYERWISE_INFO[pair.shadow] = LayerReloadingInfo((described, {}), info.restore_device)
     for name, tensor in _tensors(pair.module._parameters).items():
-        if name not in described:  # small ones, which vLLM loads into as they are
+        if name not in described:  # small parameters, which vLLM loads in place
             copied = tensor.detach().clone()
             copied.__class__, copied.__dict__ = tensor.__class__, tensor.__dict__.copy()
             pair.shadow._parameters[name] = _own(copied, pair)  # type: ignore[assignment]
 
 
 def _own(tensor: Tensor, pair: _Pair) -> Tensor:
-    """A parameter whose loaders belong to the shadow, and are the plain ones."""
+    """Bind a parameter's loaders to the shadow, without vLLM's wrappers."""
     for name, value in tensor.__dict__.items():
         while getattr(value, "__name__", "") == "online_process_loader":
             value = value.__wrapped__
@@ -189,5 +189,5 @@ def _own(tensor: Tensor, pair: _Pair) -> Tensor:
 
 
 def _tensors(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A module's parameters or buffers, without those that are registered as None."""
+    """A module's parameters or buffers, except those registered as None."""
     return {name: tensor for name, tensor in found.items() if tensor is not None}

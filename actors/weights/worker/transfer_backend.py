@@ -1,9 +1,9 @@
-"""vLLM's side of a weight update, inside each of the engine's worker processes.
+"""The zmq transfer backend: loads a received version inside each of the vLLM engine's worker processes.
 
-The generator has received and checked the version already; here it is mapped and loaded through vLLM's layerwise
-reload. Called by vLLM on every worker, in this order, while generation is paused: `start_weight_update`,
-`update_weights` (once), `finish_weight_update`. Where the version was staged before (staging.py), what remains to be
-done is a swap. :class:`WeightsExtension` adds to the worker what vLLM doesn't offer.
+The generator has already received and checked the version; here it is mapped and loaded through vLLM's layerwise
+reload. vLLM calls, on every worker and while generation is paused: `start_weight_update`, `update_weights` (once),
+`finish_weight_update`. A version that was staged before (staging.py) is swapped in instead. :class:`WeightsExtension`
+adds the worker methods that vLLM lacks.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from actors.weights.manifest import Manifest
 from actors.weights.source import tensors_in
-from actors.weights.worker.staging import StagedModel, why_not_staged
+from actors.weights.worker.staging import StagedModel, staging_obstacle
 
 logger = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
 MADV_POPULATE_READ = 22
-PROBE_BYTES = 64 << 20
-"""Of the unit matrix by which packed weights are read back, at once."""
+NAMED_IN_ERRORS = 5
+UNIT_MATRIX_BYTES = 64 << 20
+"""Largest block of the unit matrix with which packed weights are read back."""
 
 
 @dataclass
 class ZmqInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on beforehand: every update says all it needs."""
+    """Empty: every update carries all that it needs."""
 
 
 @dataclass
@@ -53,17 +54,17 @@ class ZmqUpdateInfo(WeightTransferUpdateInfo):
     """A received version.
 
     Attributes:
-        parts: packed manifest of each part, and the path its bytes are mapped from on this host.
+        parts: packed manifest of each part, and the path from which its bytes are mapped on this host.
     """
 
     parts: list[tuple[bytes, str]]
 
     def __post_init__(self) -> None:
-        self.parts = [(bytes(packed), str(path)) for packed, path in self.parts]  # lists, where they came in a message
+        self.parts = [(bytes(packed), str(path)) for packed, path in self.parts]  # a message carries them as lists
 
 
-class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInitInfo, ZmqUpdateInfo]):
-    """Loads versions that the generator received."""
+class ZmqTransferBackend(WeightTransferEngine[ZmqInitInfo, ZmqUpdateInfo]):
+    """Loads versions that the generator has received."""
 
     init_info_cls = ZmqInitInfo
     update_info_cls = ZmqUpdateInfo
@@ -78,19 +79,21 @@ class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInitInfo, ZmqUpdateInfo]):
         _die_with_parent()
 
     def init_transfer_engine(self, init_info: ZmqInitInfo) -> None:
-        """Nothing to set up."""
+        """Does nothing: there is no connection to set up."""
 
     def start_weight_update(self) -> None:
-        """Nothing to do before it is known whether the version was staged."""
+        """Does nothing: only the update tells whether the version was staged."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Load a whole version, or raise; after a failure the layers are put back, but may differ in version."""
+        """Load a whole version, or raise. After a failure the layers are restored, but may hold different versions."""
         info = self.parse_update_info(update_info)
         staged = self._take_staged(info)
         self._is_in_place = staged is None
         if staged is not None:
             staged.swap()
-            self._stager.submit(staged.release)  # the old weights: giving a model's memory back takes a while
+            self._stager.submit(
+                staged.release
+            )  # the former weights, in a thread: freeing a model's memory takes a while
             return
         initialize_layerwise_reload(self.model)
         try:
@@ -100,16 +103,16 @@ class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInitInfo, ZmqUpdateInfo]):
             raise
 
     def stage(self, update_info: dict[str, Any]) -> str | None:
-        """Begin to make a version ready beside generation. Returns what of this model keeps it from that, if any."""
+        """Start staging a version while generation runs. Returns the reason where this model cannot be staged."""
         self._discard_staged()
-        why_not = why_not_staged(self.model)
-        if why_not is None:
+        obstacle = staging_obstacle(self.model)
+        if obstacle is None:
             info = self.parse_update_info(update_info)
             self._staging = info, self._stager.submit(self._staged, info)
-        return why_not
+        return obstacle
 
     def is_staged(self) -> bool:
-        """Whether that has come to its end. Raises what it ended with."""
+        """Whether staging has finished. Raises the exception that it ended with."""
         if self._staging is None:
             return True
         _, future = self._staging
@@ -123,27 +126,27 @@ class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInitInfo, ZmqUpdateInfo]):
         return True
 
     def prepare(self, paths: list[str]) -> None:
-        """Map what will be loaded, and have its pages at hand. Generation may go on."""
+        """Map the files to be loaded and fault their pages in. Generation may run."""
         self._maps = {path: self._maps.get(path) or _Mapping(path) for path in paths}
         for mapping in self._maps.values():
             mapping.refresh()
 
     def receive_weights(self, update_info: ZmqUpdateInfo) -> None:
-        """Load every tensor of the version and check that the model took it.
+        """Load every tensor of the version and check that the model read it.
 
         Raises:
-            ValueError: the model has no such parameter, or took fewer than it was given.
+            ValueError: the model has no such parameter, or read fewer tensors than the version has.
         """
         self._load_into(self.model, update_info)
 
     def finish_weight_update(self) -> None:
-        """Put processed weights in place."""
+        """Process the loaded weights for the kernels."""
         if not self._is_in_place:
             return
         for module in self.model.modules():
             info = get_layerwise_info(module)
             if info.can_load() and info.load_numel <= 0:
-                info.load_numel_total = 0  # else vLLM warns: all that was sent has been read, the rest stays as it is
+                info.load_numel_total = 0  # keeps vLLM from warning about layers that the version leaves unchanged
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             refresh_tied_heads(self.model)
@@ -151,7 +154,7 @@ class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInitInfo, ZmqUpdateInfo]):
             torch.accelerator.synchronize()
 
     def shutdown(self) -> None:
-        """Unmap what was loaded last."""
+        """Discard a staged version and unmap the last one."""
         self._discard_staged()
         self._maps.clear()
 
@@ -170,7 +173,7 @@ class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInitInfo, ZmqUpdateInfo]):
             staging[1].add_done_callback(_release)
 
     def _take_staged(self, info: ZmqUpdateInfo) -> StagedModel | None:
-        """The version, if it is the one that was staged."""
+        """The staged model, if it holds this version."""
         if self._staging is None or self._staging[0] != info or not self._staging[1].done():
             self._discard_staged()
             return None
@@ -184,9 +187,9 @@ class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInitInfo, ZmqUpdateInfo]):
         taken: set[str] = set()
         loaded = model.load_weights(_taken(self._tensors(parts), taken))
         if taken != given:
-            raise ValueError(f"the model didn't read {sorted(given - taken)[:5]}")
+            raise ValueError(f"the model did not read {first_names(sorted(given - taken))}")
         if not loaded:
-            raise ValueError("the model loaded none of the weights: their names don't fit this architecture")
+            raise ValueError("the model loaded no weight: the names do not match this architecture")
 
     def _tensors(self, parts: list[tuple[Manifest, str]]) -> Iterator[tuple[str, Tensor]]:
         for manifest, path in parts:
@@ -194,32 +197,32 @@ class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInitInfo, ZmqUpdateInfo]):
 
 
 class WeightsExtension:
-    """Added to vLLM's worker class: what a generator asks of its workers besides vLLM's own calls."""
+    """Methods added to vLLM's worker class, which the generator calls by name."""
 
     weight_transfer_engine: Any
     model_runner: Any
 
     def prepare_weights(self, paths: list[str]) -> None:
-        """See :meth:`ZmqWeightTransferEngine.prepare`."""
+        """See :meth:`ZmqTransferBackend.prepare`."""
         self.weight_transfer_engine.prepare(paths)
 
     def stage_weights(self, update_info: dict[str, Any]) -> str | None:
-        """See :meth:`ZmqWeightTransferEngine.stage`."""
-        why_not: str | None = self.weight_transfer_engine.stage(update_info)
-        return why_not
+        """See :meth:`ZmqTransferBackend.stage`."""
+        obstacle: str | None = self.weight_transfer_engine.stage(update_info)
+        return obstacle
 
     def is_staged(self) -> bool:
-        """See :meth:`ZmqWeightTransferEngine.is_staged`."""
+        """See :meth:`ZmqTransferBackend.is_staged`."""
         is_staged: bool = self.weight_transfer_engine.is_staged()
         return is_staged
 
     def held_digests(self) -> dict[str, str]:
-        """A digest of each tensor as the model computes with it, by vLLM's name. Slow: for finding what is wrong."""
+        """Digest of each tensor that the model computes with, by vLLM's name. Slow: used after a disagreement."""
         return {name: xxhash.xxh3_128_hexdigest(content) for name, content in held_tensors(self.model_runner.model)}
 
 
 def held_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Each parameter's bytes, in blocks' digests joined; weights that vLLM's CPU kernels keep packed are read back.
+    """Name and bytes of each parameter; of weights that vLLM's CPU kernels keep packed, name and digest.
 
     A packed linear layer is applied to the rows of a unit matrix, which gives its weight (and bias) exactly.
     """
@@ -232,7 +235,7 @@ def held_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
         if packed is None or width is None:
             continue
         weight = module.weight
-        rows = max(1, PROBE_BYTES // (width * weight.dtype.itemsize))
+        rows = max(1, UNIT_MATRIX_BYTES // (width * weight.dtype.itemsize))
         digest = xxhash.xxh3_128()
         with torch.no_grad():
             for start in range(0, width, rows):
@@ -243,14 +246,14 @@ def held_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def refresh_tied_heads(model: nn.Module) -> None:
-    """Have vLLM's CPU kernels pack the output head again: tied embeddings leave it as it was at the last load."""
+    """Repack output heads for vLLM's CPU kernels: a load leaves tied ones packed from older weights."""
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
 
 
 class _Mapping:
-    """A file of weights, mapped as long as it stays the same."""
+    """A mapped file of weights, mapped again when the path leads to another file."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -258,7 +261,7 @@ class _Mapping:
         self.content: Any = b""
 
     def refresh(self) -> None:
-        """Map it (again, if there is another file by that path now)."""
+        """Map the file, if the mapped one is another."""
         with open(self._path, "rb") as file:
             found = os.fstat(file.fileno())
             if (found.st_dev, found.st_ino) == self._identity:
@@ -284,12 +287,17 @@ def _taken(tensors: Iterator[tuple[str, Tensor]], taken: set[str]) -> Iterator[t
         taken.add(name)
 
 
+def first_names(names: list[str]) -> str:
+    more = len(names) - NAMED_IN_ERRORS
+    return ", ".join(names[:NAMED_IN_ERRORS]) + (f" and {more} more" if more > 0 else "")
+
+
 def _die_with_parent() -> None:
-    """An engine process must not outlive a generator that was killed."""
+    """Have the kernel kill this process when its parent, the generator, dies."""
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        logger.warning("this engine process can't be tied to its parent; it may outlive a killed generator")
+        logger.warning("prctl(PR_SET_PDEATHSIG) failed: this vLLM process may outlive a killed generator")
     elif os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)

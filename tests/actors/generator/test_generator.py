@@ -21,11 +21,12 @@ import torch
 from PIL import Image
 
 from actors.config import DeadlineConfig, GeneratorConfig, ModelConfig, WeightsConfig
-from actors.generator.generator import Generator, GeneratorSpec, ratio_bias_warnings, sequence_seed
+from actors.generator.generator import Generator, sequence_seed
+from actors.generator.spec import GeneratorSpec
 from actors.generator.vllm_engine import engine_environment
 from actors.weights.offer import WeightsOffer
 from actors.weights.pull.publisher import WeightPublisher
-from actors.weights.source import WeightSource, module_tensors
+from actors.weights.source import PolicyPartSource, module_tensors
 from rollout.config import SamplingConfig
 from rollout.encoding import PromptEncoder
 from rollout.failures import Failure, FailureError, FailureKind
@@ -44,7 +45,7 @@ class Policy:
     """A trainer in miniature: the module under training and what publishes it."""
 
     module: torch.nn.Module
-    source: WeightSource
+    source: PolicyPartSource
     publisher: WeightPublisher
     version: int = 0
 
@@ -124,7 +125,7 @@ async def start(folder: Path, root: Path) -> Setup:
     generator = Generator(GeneratorSpec(model, config, deadlines, media.folder, weights=weights))
     await generator.ready()
     module = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    source = WeightSource(module_tensors(module, "float32"), gather_bytes=300_000)
+    source = PolicyPartSource(module_tensors(module, "float32"), gather_bytes=300_000)
     encoder = PromptEncoder.from_pretrained(folder, media)
     return Setup(generator, Policy(module, source, WeightPublisher(bucket_bytes=64 << 10)), encoder, media)
 
@@ -186,12 +187,12 @@ async def test_tokens_sampled_across_an_update_carry_their_version_right_at_the_
 @pytest.mark.engine
 @engine_test
 async def test_a_publisher_that_vanishes_leaves_the_generator_on_its_old_version_and_right(setup: Setup):
-    old, weights = await setup.generator.policy_version(), copy.deepcopy(setup.policy.module.state_dict())
+    old, weights = setup.generator._weights.version, copy.deepcopy(setup.policy.module.state_dict())
     offer = setup.policy.perturb()
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(FailureError) as caught:
         await setup.generator.load_weights(replace(offer, endpoint=f"tcp://127.0.0.1:{silent.getsockname()[1]}"))
     assert caught.value.failure.reason == "weights_timeout"
-    assert await setup.generator.policy_version() == old
+    assert setup.generator._weights.version == old
     setup.policy.module.load_state_dict(weights)
     await assert_agreement(setup)
 
@@ -201,7 +202,7 @@ async def test_a_publisher_that_vanishes_leaves_the_generator_on_its_old_version
 async def test_a_half_loaded_generator_serves_nothing_until_a_version_is_loaded(setup: Setup):
     module = setup.policy.module
     module.register_parameter("stranger", torch.nn.Parameter(torch.ones(3)))
-    odd = WeightSource(module_tensors(module, "float32"), gather_bytes=300_000)
+    odd = PolicyPartSource(module_tensors(module, "float32"), gather_bytes=300_000)
     setup.policy.version += 1
     with pytest.raises(FailureError) as caught:
         await setup.generator.load_weights(setup.policy.publisher.publish(setup.policy.version, odd))
@@ -305,24 +306,6 @@ async def test_untied_embeddings_agree_after_an_update_too_and_stopping_leaves_n
         await setup.generator.stop()
         setup.policy.publisher.stop()
     assert not started & engine_processes()
-
-
-@pytest.mark.parametrize(
-    ("sampling", "named"),
-    [
-        ({"top_p": 0.9}, "top_p"),
-        ({"top_k": 5}, "top_k"),
-        ({"min_tokens": 3}, "min_tokens"),
-        ({"temperature": 0.0}, "temperature"),
-    ],
-)
-def test_settings_that_bias_the_importance_ratio_are_named(sampling: dict[str, float], named: str):
-    (warning,) = ratio_bias_warnings(SamplingConfig(**sampling))
-    assert named in warning
-
-
-def test_plain_sampling_biases_nothing():
-    assert ratio_bias_warnings(SamplingConfig()) == []
 
 
 def test_neighbouring_seeds_share_no_sample():

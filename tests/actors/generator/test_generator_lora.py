@@ -16,7 +16,8 @@ import pytest_asyncio
 import torch
 
 from actors.config import DeadlineConfig, GeneratorConfig, LoraConfig, ModelConfig, WeightsConfig
-from actors.generator.generator import Generator, GeneratorSpec
+from actors.generator.generator import Generator
+from actors.generator.spec import GeneratorSpec
 from actors.generator.vllm_engine import engine_environment
 from actors.model.lora import adapters, add_adapters
 from actors.trainer.policy_weights import policy_sources
@@ -24,7 +25,7 @@ from actors.weights.canary import TEXT_CANARY
 from actors.weights.manifest import WeightsPart
 from actors.weights.offer import WeightsOffer
 from actors.weights.pull.publisher import WeightPublisher
-from actors.weights.source import WeightSource
+from actors.weights.source import PolicyPartSource
 from rollout.config import SamplingConfig
 from rollout.encoding import PromptEncoder
 from rollout.media import MediaStore
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.engine
 class LoraPolicy(Policy):
     """A policy of which only adapters are trained."""
 
-    frozen: WeightSource | None = None
+    frozen: PolicyPartSource | None = None
 
     def perturb(self) -> WeightsOffer:
         generator = torch.Generator().manual_seed(100 + self.version)
@@ -133,7 +134,7 @@ async def test_canaries_prove_adapters_too(setup: Setup):
 async def test_a_sleeping_generator_answers_nothing_until_the_next_version_wakes_it(setup: Setup):
     await setup.generator.load_weights(setup.policy.perturb())
     await setup.generator.sleep(2)
-    assert (await setup.generator.stats()).is_asleep
+    assert setup.generator._weights.is_asleep
     waiting = asyncio.create_task(setup.sample(setup.prompt("awake?"), 1, SamplingConfig(max_tokens=4)))
     await asyncio.sleep(0.3)
     assert not waiting.done()

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from actors.config import DeadlineConfig, GeneratorConfig, LoraConfig, ModelConfig
-from actors.generator.generator import GeneratorSpec
+from actors.generator.spec import GeneratorSpec
 from actors.generator.vllm_engine import end_processes, engine_args, engine_environment, engine_processes
 from actors.model.forward import load_model
 from actors.model.lora import (

@@ -82,8 +82,7 @@ def main() -> None:
     from actors.model.lora import adapter_tensors, base_tensors, merged_tensors
     from actors.trainer.deepspeed_engine import Place
     from actors.trainer.policy_trainer import PolicyTrainer
-    from actors.weights.source import gathered
-    from actors.weights.tensors import SourceTensor
+    from actors.weights.source import SourceTensor, gathered
 
     path, port, rank, out = sys.argv[1:]
     task: Task = pickle.loads(Path(path).read_bytes())

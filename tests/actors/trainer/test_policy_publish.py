@@ -20,7 +20,7 @@ from actors.weights.canary import TEXT_CANARY, TOLERANCE_NATS, Canaries, compare
 from actors.weights.manifest import WeightsPart
 from actors.weights.offer import WeightsOffer
 from actors.weights.pull.receiver import WeightReceiver
-from actors.weights.source import WeightSource, is_frozen, is_trained, module_tensors
+from actors.weights.source import PolicyPartSource, is_frozen, is_trained, module_tensors
 from algorithms.config import AlgorithmConfig
 from rollout.prompts import Prompt
 from tests.actors.trainer.plain_update import PlainTrainer
@@ -157,7 +157,7 @@ def plain(model: ModelConfig, folder: Path) -> PlainTrainer:
 
 def test_a_version_has_the_bytes_of_the_plain_model_whatever_the_ranks_and_the_zero_stage(published, plain):
     for part, wanted in ((WeightsPart.TRAINED, is_trained), (WeightsPart.FROZEN, is_frozen)):
-        source = WeightSource(module_tensors(plain.model, "float32", wanted), gather_bytes=1 << 20, part=part)
+        source = PolicyPartSource(module_tensors(plain.model, "float32", wanted), gather_bytes=1 << 20, part=part)
         assert published.names[part] == [tensor.name for tensor in source.tensors]
         assert published.content[part] == bytes_of(source)
 

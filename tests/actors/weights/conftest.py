@@ -9,8 +9,8 @@ import pytest
 import zmq
 
 from actors.weights.pull.publisher import WeightPublisher
-from actors.weights.pull.pull import Flow
-from actors.weights.pull.receiver import ReceiverSettings, WeightReceiver
+from actors.weights.pull.pull import FlowControl, ReceiverSettings
+from actors.weights.pull.receiver import WeightReceiver
 
 NewPublisher = Callable[..., WeightPublisher]
 NewReceiver = Callable[..., WeightReceiver]
@@ -35,7 +35,7 @@ def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """The module's buckets travel in one message each, or in four."""
     if request.param == "in slices":
         for flow in ("ENCRYPTED", "PLAIN"):
-            monkeypatch.setattr(f"actors.weights.pull.pull.{flow}", Flow(request.module.BUCKET_BYTES // 4, 3))
+            monkeypatch.setattr(f"actors.weights.pull.pull.{flow}", FlowControl(request.module.BUCKET_BYTES // 4, 3))
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from actors.weights.offer import WeightsOffer
-from actors.weights.pull.receiver import ReceiverSettings, WeightReceiver
+from actors.weights.pull.pull import ReceiverSettings
+from actors.weights.pull.receiver import WeightReceiver
 from rollout.failures import FailureError
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -100,14 +101,19 @@ def _serve(pipe: Connection, served: Any, name: str, settings: ReceiverSettings)
             except FailureError as error:
                 pipe.send(Received(failure=error.failure.reason))
                 continue
-        digest = content_digest(received.parts[-1].holding.memory.view)
+        digest = content_digest(received.parts[-1].held.memory.view)
         receiver.loaded(received)
         pipe.send(Received("", received.route, received.source, received.received_bytes, digest, growth.peak_bytes))
 
 
+def served_bytes(receiver: WeightReceiver) -> int:
+    """What a receiver has sent to others."""
+    return 0 if receiver._server is None else receiver._server.egress_bytes
+
+
 def _tell_served(receiver: WeightReceiver, served: Any) -> None:
     while True:
-        served.value = receiver.served_bytes
+        served.value = served_bytes(receiver)
         time.sleep(SAMPLE_S)
 
 

@@ -12,7 +12,7 @@ from actors.weights.offer import Keys
 from actors.weights.pull.connection import Answer, Connection
 from actors.weights.pull.memory import Memory
 from actors.weights.pull.relays import Relay, RelayTree
-from actors.weights.pull.server import Holding, WeightServer
+from actors.weights.pull.server import HeldPart, WeightServer
 from tests.actors.weights.versions import random_tensors, source_of, written
 
 DEADLINE_S = 20.0
@@ -26,13 +26,13 @@ def new_keys() -> Keys:
     return Keys(*zmq.curve_keypair())
 
 
-def holding_of(count: int = 500, seed: int = 0) -> Holding:
+def holding_of(count: int = 500, seed: int = 0) -> HeldPart:
     """A version of so many floats; by default 2,000 bytes in 8 buckets."""
     source = source_of(random_tensors(count, seed=seed))
     memory = Memory.create(source.nbytes)
     manifest, _ = written(source, memory, BUCKET_BYTES)
     memory.unclaim()
-    return Holding(manifest, memory)
+    return HeldPart(manifest, memory)
 
 
 def serving(**options: Any) -> Iterator[WeightServer]:
@@ -55,9 +55,9 @@ class TreeDirectory:
         self._tree = tree
 
     def source(self, digest: str, member: Relay, lost: str | None, *, waits: bool) -> Relay | None:
-        """See :class:`actors.weights.pull.server.Directory`."""
-        return self._tree.relieve(member) if waits else self._tree.join(member, lost)
+        """See :class:`actors.weights.pull.server.SourceAssigner`."""
+        return self._tree.reassign(member) if waits else self._tree.join(member, lost)
 
     def done(self, digest: str, name: str) -> None:
-        """See :class:`actors.weights.pull.server.Directory`."""
+        """See :class:`actors.weights.pull.server.SourceAssigner`."""
         self._tree.done(name)

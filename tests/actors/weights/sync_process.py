@@ -37,11 +37,11 @@ from actors.weights.pull import receiver as receiver_module
 from actors.weights.pull.connection import Answer, Connection
 from actors.weights.pull.memory import Memory, MemoryAddress
 from actors.weights.pull.publisher import WeightPublisher
-from actors.weights.pull.receiver import ReceivedPart, ReceivedWeights, ReceiverSettings, WeightReceiver
+from actors.weights.pull.pull import ReceiverSettings
+from actors.weights.pull.receiver import ReceivedPart, ReceivedWeights, WeightReceiver
 from actors.weights.pull.relays import Relay
-from actors.weights.pull.server import Holding, WeightServer
-from actors.weights.source import WeightSource
-from actors.weights.tensors import SourceTensor
+from actors.weights.pull.server import HeldPart, WeightServer
+from actors.weights.source import PolicyPartSource, SourceTensor
 from rollout.failures import FailureError
 
 TENSORS = 12
@@ -71,7 +71,7 @@ def frozen_tensors() -> dict[str, Tensor]:
     return {f"frozen.{index}": torch.randn(ELEMENTS, generator=generator) for index in range(2)}
 
 
-def digest_of(content: Any) -> str:
+def version_digest(content: Any) -> str:
     """Of one tensor's bytes."""
     return xxhash.xxh3_128_hexdigest(content)
 
@@ -84,7 +84,7 @@ def state_of(digests: dict[str, str]) -> str:
 def truth(version: int, seed: int = 0, scale: int = 1) -> str:
     """The state of whoever holds exactly this version."""
     tensors = trained_tensors(version, seed, scale) | frozen_tensors()
-    return state_of({name: digest_of(t.view(torch.uint8).numpy()) for name, t in tensors.items()})
+    return state_of({name: version_digest(t.view(torch.uint8).numpy()) for name, t in tensors.items()})
 
 
 def packed(offer: WeightsOffer) -> str:
@@ -158,7 +158,7 @@ class SteppingPull(receiver_module.Pull):
         return address
 
     def buckets(self, own: Any, *arguments: Any) -> None:
-        self._wanted, self._taken = len(own.holding.missing), 0
+        self._wanted, self._taken = len(own.held.missing), 0
         super().buckets(own, *arguments)
 
     def _accept(self, own: Any, answer: Answer, wanted: Any) -> bool | None:
@@ -218,8 +218,8 @@ class SteppingServer(WeightServer):
         digest = header.get("digest", "")
         if "encoding" in header:
             self._buckets[digest] += 1
-            holding = self._holdings.get(digest)
-            count = 0 if holding is None else len(holding.manifest.digests)
+            held = self._held_parts.get(digest)
+            count = 0 if held is None else len(held.manifest.digests)
             names = {1: "serving_first", count // 2: "serving_middle"}
             if self._buckets[digest] in names:
                 STEPS.reach(names[self._buckets[digest]])
@@ -250,7 +250,7 @@ class Publishes:
     def egress(self) -> int:
         return self.publisher.server.egress_bytes
 
-    def _source(self, tensors: dict[str, Tensor], part: WeightsPart) -> WeightSource:
+    def _source(self, tensors: dict[str, Tensor], part: WeightsPart) -> PolicyPartSource:
         middle = list(tensors)[len(tensors) // 2] if part is WeightsPart.TRAINED else None
 
         def read(name: str) -> Tensor:
@@ -264,7 +264,7 @@ class Publishes:
             )
             for name, tensor in tensors.items()
         ]
-        return WeightSource(sources, gather_bytes=1 << 20, part=part)
+        return PolicyPartSource(sources, gather_bytes=1 << 20, part=part)
 
 
 class Receives:
@@ -292,7 +292,7 @@ class Receives:
             "route": received.route,
             "source": received.source,
             "received_bytes": received.received_bytes,
-            "on_disk": any(part.holding.memory.is_on_disk for part in received.parts),
+            "on_disk": any(part.held.memory.is_on_disk for part in received.parts),
         }
 
     def state(self) -> str:
@@ -301,8 +301,8 @@ class Receives:
 
     def damage(self, part: str = "trained") -> None:
         """Flip a bit of what this process serves."""
-        holding: Holding = self.receiver._own[WeightsPart(part)].holding
-        holding.memory.view[holding.manifest.nbytes // 2] ^= 1
+        held: HeldPart = self.receiver._own[WeightsPart(part)].held
+        held.memory.view[held.manifest.nbytes // 2] ^= 1
 
     def limit(self, spare_bytes: int | None) -> None:
         """Let this process map only so much more memory; None lifts that."""
@@ -314,7 +314,8 @@ class Receives:
         memory_module.available_memory = lambda: available_bytes
 
     def served(self) -> int:
-        return self.receiver.served_bytes
+        server = self.receiver._server
+        return 0 if server is None else server.egress_bytes
 
     def _load(self, received: ReceivedWeights) -> None:
         """As an engine does: by path, mapped by nobody else's leave, tensor after tensor."""
@@ -327,7 +328,7 @@ class Receives:
             if index == len(tensors) // 2:
                 STEPS.reach("half_loaded")
             content = memoryview(maps[part.path])[entry.offset : entry.offset + entry.nbytes]
-            self._digests[entry.name] = digest_of(content)
+            self._digests[entry.name] = version_digest(content)
 
 
 class Told(logging.Handler):

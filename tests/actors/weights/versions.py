@@ -13,10 +13,9 @@ from torch import Tensor
 from actors.weights.manifest import Manifest, TensorEntry, WeightsPart
 from actors.weights.pull.delta import Delta
 from actors.weights.pull.memory import Memory
-from actors.weights.pull.server import Holding
+from actors.weights.pull.server import HeldPart
 from actors.weights.pull.writer import VersionWriter
-from actors.weights.source import DTYPES, WeightSource
-from actors.weights.tensors import SourceTensor
+from actors.weights.source import DTYPES, PolicyPartSource, SourceTensor
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -33,14 +32,14 @@ def source_of(
     part: WeightsPart = WeightsPart.TRAINED,
     precision: str | None = None,
     prefix: str = "t",
-) -> WeightSource:
+) -> PolicyPartSource:
     """A source that reads these tensors as they are when it is read."""
 
     def source_tensor(index: int, tensor: Tensor) -> SourceTensor:
         dtype = precision or NAMES[tensor.dtype]
         return SourceTensor(f"{prefix}{index}", dtype, tuple(tensor.shape), (), lambda: tensor)
 
-    return WeightSource([source_tensor(i, t) for i, t in enumerate(tensors)], gather_bytes=1 << 20, part=part)
+    return PolicyPartSource([source_tensor(i, t) for i, t in enumerate(tensors)], gather_bytes=1 << 20, part=part)
 
 
 def changed(tensors: Sequence[Tensor], *positions: int) -> list[Tensor]:
@@ -56,7 +55,7 @@ def changed(tensors: Sequence[Tensor], *positions: int) -> list[Tensor]:
 
 
 def written(
-    source: WeightSource, memory: Memory, bucket_bytes: int = 256, base: Holding | None = None, version: int = 1
+    source: PolicyPartSource, memory: Memory, bucket_bytes: int = 256, base: HeldPart | None = None, version: int = 1
 ) -> tuple[Manifest, Delta | None]:
     """What a publisher does with its memory."""
     writer = VersionWriter(source, memory, bucket_bytes=bucket_bytes, base=base)
@@ -64,7 +63,7 @@ def written(
     return writer.finish(1, version)
 
 
-def bytes_of(source: WeightSource) -> bytes:
+def bytes_of(source: PolicyPartSource) -> bytes:
     """What the memory of a version has to hold, put together the plain way."""
     content = bytearray(source.nbytes)
     for entry, tensor in zip(source.entries, source.tensors, strict=True):

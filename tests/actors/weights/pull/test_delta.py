@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.weights.pull.delta import (
-    CHANGED_SHARE,
-    DELTA_SHARE,
+    MAX_CHANGED_FRACTION,
+    MAX_DELTA_FRACTION,
     PIECE_BYTES,
     UNCHANGED,
     Bytes,
@@ -147,13 +147,13 @@ def test_only_deltas_below_a_quarter_of_the_bucket_are_kept():
         old, new = changed_words(65_536, percent / 100, any_bits)
         packed = delta_of(old, new)
         kept += [percent] if packed is not None else []
-        assert packed is None or len(packed) < DELTA_SHARE * 65_536
+        assert packed is None or len(packed) < MAX_DELTA_FRACTION * 65_536
     # 20% of the words are 20% of the bytes, and H(0.2) = 0.72 bits a word tell where they are, 4.5%; with 21% it is
     # 21% and 4.6%.
     assert kept == list(range(21))
 
 
-@pytest.mark.parametrize("share", [CHANGED_SHARE + 0.01, 1.0])
+@pytest.mark.parametrize("share", [MAX_CHANGED_FRACTION + 0.01, 1.0])
 def test_where_much_has_changed_nothing_is_kept_however_well_it_could_be_compressed(share):
     old, new = changed_words(65_536, share, lambda _, count: np.ones(count))
     assert delta_of(old, new) is None

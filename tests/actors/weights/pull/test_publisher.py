@@ -14,11 +14,10 @@ import zmq
 
 from actors.weights.manifest import WeightsPart
 from actors.weights.offer import WeightsOffer
-from actors.weights.pull.connection import Connection, GoneError
+from actors.weights.pull.connection import Connection, NotServedError
 from actors.weights.pull.memory import Memory
 from actors.weights.pull.publisher import WeightPublisher
-from actors.weights.source import WeightSource
-from actors.weights.tensors import SourceTensor
+from actors.weights.source import PolicyPartSource, SourceTensor
 from tests.actors.weights.versions import bytes_of, changed, random_tensors, source_of
 
 DEADLINE_S = 60.0
@@ -26,17 +25,17 @@ COUNT = 2000
 """Elements of a version: 8,000 bytes, in 8 buckets."""
 
 
-def version_of(seed: int) -> WeightSource:
+def version_of(seed: int) -> PolicyPartSource:
     return source_of(random_tensors(COUNT, seed=seed))
 
 
 def inodes(publisher: WeightPublisher) -> list[int]:
-    return [holding.memory.address.inode for holding in publisher.holdings]
+    return [held.memory.address.inode for held in publisher.held_parts]
 
 
 def mapped(publisher: WeightPublisher) -> Memory:
     """The current version, leased."""
-    found = Memory.open(publisher.holdings[-1].memory.address)
+    found = Memory.open(publisher.held_parts[-1].memory.address)
     assert found is not None
     return found
 
@@ -48,7 +47,7 @@ def test_an_offer_names_both_parts_and_frozen_weights_are_read_once(new_publishe
         read.append("f")
         return torch.ones(300)
 
-    frozen = WeightSource(
+    frozen = PolicyPartSource(
         [SourceTensor("f", "float32", (300,), (), ones)], gather_bytes=1 << 20, part=WeightsPart.FROZEN
     )
     publisher = new_publisher(epoch=7)
@@ -83,7 +82,7 @@ def test_memory_that_nobody_reads_is_written_anew_in_place(new_publisher):
     before = inodes(publisher)
     publisher.publish(2, version_of(2))
     assert inodes(publisher) == before
-    assert bytes(publisher.holdings[-1].memory.view) == bytes_of(version_of(2))
+    assert bytes(publisher.held_parts[-1].memory.view) == bytes_of(version_of(2))
 
 
 def test_what_a_generator_maps_stays_as_it_is_and_at_most_two_versions_are_held(new_publisher):
@@ -93,9 +92,9 @@ def test_what_a_generator_maps_stays_as_it_is_and_at_most_two_versions_are_held(
     held = []
     for version in (2, 3, 4):
         publisher.publish(version, version_of(version))
-        held.append([holding.manifest.version for holding in publisher.holdings])
+        held.append([held.manifest.version for held in publisher.held_parts])
         assert bytes(reader.view) == bytes_of(version_of(1))
-        assert bytes(publisher.holdings[-1].memory.view) == bytes_of(version_of(version))
+        assert bytes(publisher.held_parts[-1].memory.view) == bytes_of(version_of(version))
     assert held == [[1, 2], [1, 3], [1, 4]]
 
 
@@ -106,7 +105,7 @@ def test_a_version_is_given_up_with_its_last_reader(new_publisher):
     publisher.publish(2, version_of(2))
     reader.unclaim()
     publisher.publish(3, version_of(3))
-    assert [holding.manifest.version for holding in publisher.holdings] == [3]
+    assert [held.manifest.version for held in publisher.held_parts] == [3]
 
 
 def test_with_readers_of_two_versions_the_older_one_stays(new_publisher):
@@ -116,7 +115,7 @@ def test_with_readers_of_two_versions_the_older_one_stays(new_publisher):
         publisher.publish(version, version_of(version))
         readers.append(mapped(publisher))
     publisher.publish(3, version_of(3))
-    assert [holding.manifest.version for holding in publisher.holdings] == [1, 3]
+    assert [held.manifest.version for held in publisher.held_parts] == [1, 3]
     assert [bytes(reader.view) for reader in readers] == [bytes_of(version_of(1)), bytes_of(version_of(2))]
 
 
@@ -124,7 +123,7 @@ def test_another_size_gets_other_memory(new_publisher):
     publisher = new_publisher()
     publisher.publish(1, version_of(1))
     publisher.publish(2, source_of(random_tensors(COUNT + 1)))
-    assert [holding.memory.nbytes for holding in publisher.holdings] == [4 * COUNT + 4]
+    assert [held.memory.nbytes for held in publisher.held_parts] == [4 * COUNT + 4]
 
 
 def pulled(publisher: WeightPublisher, offer: WeightsOffer, buckets: int = 8) -> None:
@@ -136,7 +135,7 @@ def pulled(publisher: WeightPublisher, offer: WeightsOffer, buckets: int = 8) ->
             client.answer("bucket", offer.trained.digest, time.monotonic() + DEADLINE_S)
         client.ask("done", offer.trained.digest)
         client.ask("manifest", "unknown")
-        with pytest.raises(GoneError):
+        with pytest.raises(NotServedError):
             client.answer("manifest", "unknown", time.monotonic() + DEADLINE_S)
         client.close()
 
@@ -158,11 +157,11 @@ def test_a_generator_that_is_still_reading_the_version_before_costs_the_others_n
     reader = mapped(publisher)
     second = publisher.publish(2, source_of(changed(values, 5)))
     assert second.changed_share == 1 / COUNT
-    assert sorted(next(iter(publisher.holdings[-1].deltas.values()))) == list(range(8))
+    assert sorted(next(iter(publisher.held_parts[-1].deltas.values()))) == list(range(8))
     assert bytes(reader.view) == bytes_of(source_of(values))
 
 
-def read_then(values: list[torch.Tensor], happens: Callable[[], None]) -> WeightSource:
+def read_then(values: list[torch.Tensor], happens: Callable[[], None]) -> PolicyPartSource:
     """A source of these, with something that happens while it is read."""
 
     def read() -> torch.Tensor:
@@ -170,7 +169,7 @@ def read_then(values: list[torch.Tensor], happens: Callable[[], None]) -> Weight
         return values[0]
 
     (tensor,) = source_of(values).tensors
-    return WeightSource([replace(tensor, read=read)], gather_bytes=1 << 20)
+    return PolicyPartSource([replace(tensor, read=read)], gather_bytes=1 << 20)
 
 
 @pytest.mark.parametrize("is_mapped", [False, True])
@@ -179,22 +178,22 @@ def test_changes_go_with_the_version_that_they_lead_to_and_before_those_of_the_n
     publisher = new_publisher()
     pulled(publisher, publisher.publish(1, source_of(values)))
     publisher.publish(2, source_of(changed(values, 5)))
-    second = publisher.holdings[-1]
+    second = publisher.held_parts[-1]
     assert len(second.deltas) == 1
     reader = mapped(publisher) if is_mapped else None
     kept: list[int] = []
     publisher.publish(3, read_then(changed(values, 5, 9), lambda: kept.append(len(second.deltas))))
     # Version 2 is still there for who maps it, and for who comes late and pulls it; else its memory is version 3's.
     assert kept == ([1] if is_mapped else [0])
-    assert (reader is not None) == (second in publisher.holdings)
-    assert len(publisher.holdings[-1].deltas) == 1
+    assert (reader is not None) == (second in publisher.held_parts)
+    assert len(publisher.held_parts[-1].deltas) == 1
 
 
 def test_without_deltas_nothing_is_measured(new_publisher):
     publisher = new_publisher(has_delta=False)
     pulled(publisher, publisher.publish(1, version_of(1)))
     assert publisher.publish(2, version_of(1)).changed_share is None
-    assert publisher.holdings[-1].deltas == {}
+    assert publisher.held_parts[-1].deltas == {}
 
 
 def test_an_offer_says_what_has_been_sent_since_the_one_before(new_publisher):
@@ -215,13 +214,13 @@ def test_a_version_that_could_not_be_read_leaves_nothing_behind(new_publisher):
         raise RuntimeError("a rank is gone")
 
     first, second = source_of(changed(values, 0)).tensors
-    source = WeightSource([first, replace(second, read=broken)], gather_bytes=1 << 20)
+    source = PolicyPartSource([first, replace(second, read=broken)], gather_bytes=1 << 20)
     with pytest.raises(RuntimeError, match="a rank is gone"):
         publisher.publish(2, source)
-    assert publisher.holdings == [], "half of a version lies where version 1 was"
+    assert publisher.held_parts == [], "half of a version lies where version 1 was"
     offer = publisher.publish(3, source_of(changed(values, 0, 1)))
     assert offer.changed_share is None, "there is nothing that a delta could start from"
-    assert bytes(publisher.holdings[-1].memory.view) == bytes_of(source_of(changed(values, 0, 1)))
+    assert bytes(publisher.held_parts[-1].memory.view) == bytes_of(source_of(changed(values, 0, 1)))
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def linked(offer: WeightsOffer, **settings: object) -> Iterator[tuple[WeightsOff
 
 
 def content_of(received: ReceivedWeights) -> bytes:
-    return bytes(received.parts[-1].holding.memory.view)
+    return bytes(received.parts[-1].held.memory.view)
 
 
 def reason_of(call: Callable[[], object]) -> str:
@@ -64,7 +64,7 @@ def test_the_path_of_a_part_leads_other_processes_to_its_bytes(new_publisher, ne
     received = receiver.receive(new_publisher().publish(1, SOURCE), DEADLINE_S)
     with open(received.parts[0].path, "rb") as file:
         assert file.read(SOURCE.nbytes) == bytes_of(SOURCE)
-    assert received.parts[0].holding.memory.is_on_disk == folder
+    assert received.parts[0].held.memory.is_on_disk == folder
 
 
 @pytest.mark.usefixtures("slices")
@@ -105,7 +105,7 @@ def test_a_byte_flipped_anywhere_is_survived(new_publisher, new_receiver, flip):
 def test_a_bucket_that_is_always_damaged_ends_in_a_failure_and_the_others_are_kept(new_publisher, new_receiver):
     publisher, receiver = new_publisher(bucket_bytes=BUCKET_BYTES), new_receiver()
     offer = publisher.publish(1, SOURCE)
-    memory = publisher.holdings[0].memory
+    memory = publisher.held_parts[0].memory
     memory.view[5 * BUCKET_BYTES] ^= 1
     assert reason_of(lambda: receiver.receive(offer, DEADLINE_S)) == "weights_corrupt"
     memory.view[5 * BUCKET_BYTES] ^= 1
@@ -118,7 +118,7 @@ def test_a_bucket_that_is_always_damaged_ends_in_a_failure_and_the_others_are_ke
 def test_a_manifest_that_isnt_the_one_offered_is_not_believed(new_publisher, new_receiver):
     publisher = new_publisher()
     offer = publisher.publish(1, SOURCE)
-    manifest = publisher.holdings[0].manifest
+    manifest = publisher.held_parts[0].manifest
     vars(manifest)["packed"] = replace(manifest, version=2).packed
     assert reason_of(lambda: new_receiver().receive(offer, DEADLINE_S)) == "weights_corrupt"
 

@@ -37,7 +37,7 @@ def elsewhere(new_publisher, monkeypatch) -> Callable[..., WeightPublisher]:
 
 
 def content_of(received: ReceivedWeights) -> bytes:
-    return bytes(received.parts[-1].holding.memory.view)
+    return bytes(received.parts[-1].held.memory.view)
 
 
 def until(happened: Callable[[], bool]) -> None:
@@ -77,7 +77,7 @@ def test_on_the_publishers_host_its_memory_is_mapped_and_nothing_is_sent(new_pub
     received = new_receiver(maps_memory=True).receive(publisher.publish(1, SOURCE), DEADLINE_S)
     assert content_of(received) == bytes_of(SOURCE)
     assert (received.route, received.source, received.received_bytes) == ("memory", "", 0)
-    assert received.parts[0].holding.memory.address.inode == publisher.holdings[0].memory.address.inode
+    assert received.parts[0].held.memory.address.inode == publisher.held_parts[0].memory.address.inode
     assert publisher.server.egress_bytes == 0
 
 
@@ -89,7 +89,7 @@ def test_mapped_memory_is_given_back_once_loaded_and_then_written_anew_in_place(
         offer = publisher.publish(version, source)
         received = receiver.receive(offer, DEADLINE_S)
         assert content_of(received) == bytes_of(source)
-        inodes.append(received.parts[0].holding.memory.address.inode)
+        inodes.append(received.parts[0].held.memory.address.inode)
         receiver.loaded(received)
         until(lambda digest=offer.trained.digest: not publisher.server.is_pulled(digest))
     assert len(set(inodes)) == 1
@@ -110,7 +110,7 @@ def test_mapped_memory_that_isnt_loaded_yet_is_left_alone(new_publisher, new_rec
 def test_damaged_shared_memory_is_not_accepted(new_publisher, new_receiver):
     publisher = new_publisher()
     offer = publisher.publish(1, SOURCE)
-    damage(publisher.holdings[0].memory, 10_239)
+    damage(publisher.held_parts[0].memory, 10_239)
     with pytest.raises(FailureError) as caught:
         new_receiver(maps_memory=True).receive(offer, DEADLINE_S)
     assert caught.value.failure.reason == "weights_corrupt"
@@ -121,7 +121,7 @@ def test_readers_of_one_host_share_the_work_of_checking_and_who_receives_anew_ch
     offer = publisher.publish(1, SOURCE)
     first, second = new_receiver("a", maps_memory=True), new_receiver("b", maps_memory=True)
     first.receive(offer, DEADLINE_S)
-    damage(publisher.holdings[0].memory, 5000)
+    damage(publisher.held_parts[0].memory, 5000)
     assert second.receive(offer, DEADLINE_S).route == "memory", "the other has checked it, before it was damaged"
     with pytest.raises(FailureError) as caught:
         second.receive(offer, DEADLINE_S, anew=True)
@@ -131,10 +131,10 @@ def test_readers_of_one_host_share_the_work_of_checking_and_who_receives_anew_ch
 def test_memory_that_was_made_for_another_version_is_not_taken_for_this_one(new_publisher, new_receiver):
     publisher, other = new_publisher(), new_receiver("other", maps_memory=True)
     offer = publisher.publish(1, SOURCE)
-    manifest = publisher.holdings[0].manifest
+    manifest = publisher.held_parts[0].manifest
     newer = publisher.publish(2, source_of(changed(VALUES, 0)))
     other.loaded(other.receive(newer, DEADLINE_S))  # so all of version 2 is marked as checked
-    publisher.server.hold(type(publisher.holdings[0])(manifest, publisher.holdings[0].memory))
+    publisher.server.hold(type(publisher.held_parts[0])(manifest, publisher.held_parts[0].memory))
     with pytest.raises(FailureError):  # the late one asks for version 1, and is told of the memory it was in
         new_receiver("late", maps_memory=True).receive(offer, DEADLINE_S)
 
@@ -165,7 +165,7 @@ def test_a_leader_writes_over_its_memory_once_its_neighbours_have_loaded_it(else
         found = [receiver.receive(offer, DEADLINE_S) for receiver in (leader, neighbour)]
         for receiver, received in zip((leader, neighbour), found, strict=True):
             receiver.loaded(received)
-        (inode,) = {received.parts[0].holding.memory.address.inode for received in found}
+        (inode,) = {received.parts[0].held.memory.address.inode for received in found}
         inodes.append(inode)
         return inodes[-2:] == [inode, inode]
 
@@ -188,7 +188,7 @@ def test_a_neighbours_damaged_memory_is_not_accepted_and_the_version_comes_from_
     publisher = elsewhere()
     leader, neighbour = (new_receiver(name, maps_memory=True) for name in "ab")
     offer = publisher.publish(1, SOURCE)
-    damage(leader.receive(offer, DEADLINE_S).parts[0].holding.memory, 3000)
+    damage(leader.receive(offer, DEADLINE_S).parts[0].held.memory, 3000)
     received = neighbour.receive(offer, DEADLINE_S)
     assert content_of(received) == bytes_of(SOURCE)
     # The nine buckets that are right came from the neighbour, before the damaged one had failed often enough.
@@ -204,9 +204,9 @@ def test_receiving_takes_at_most_two_buckets_of_memory_beyond_the_version(new_pu
     with Peer("a", maps_memory=False) as peer:
         whole = peer.received(publisher.publish(1, source))
         assert (whole.route, whole.received_bytes) == ("network", 256 * MIB)
-        assert whole.content == content_digest(publisher.holdings[0].memory.view)
+        assert whole.content == content_digest(publisher.held_parts[0].memory.view)
         values[0][::1000] += 1
         changes = peer.received(publisher.publish(2, source))
         assert changes.route == "delta"
-        assert changes.content == content_digest(publisher.holdings[0].memory.view)
+        assert changes.content == content_digest(publisher.held_parts[0].memory.view)
     assert max(whole.private_bytes, changes.private_bytes) <= 2 * 8 * MIB + 2 * MIB

@@ -32,7 +32,7 @@ def in_bucket(*buckets: int) -> list[int]:
 
 
 def content_of(received: ReceivedWeights) -> bytes:
-    return bytes(received.parts[-1].holding.memory.view)
+    return bytes(received.parts[-1].held.memory.view)
 
 
 def refused(call: Callable[[], object]) -> str:
@@ -88,7 +88,7 @@ def test_what_a_later_publisher_has_unchanged_isnt_pulled_again(new_publisher, n
     received = taken(receiver, later)
     assert received.received_bytes == BUCKET_BYTES
     assert [part.manifest.part for part in received.parts] == [WeightsPart.FROZEN, WeightsPart.TRAINED]
-    assert bytes(received.parts[0].holding.memory.view) == bytes_of(FROZEN)
+    assert bytes(received.parts[0].held.memory.view) == bytes_of(FROZEN)
 
 
 def test_frozen_weights_are_pulled_and_loaded_once(new_publisher, new_receiver):
@@ -99,7 +99,7 @@ def test_frozen_weights_are_pulled_and_loaded_once(new_publisher, new_receiver):
         [WeightsPart.FROZEN, WeightsPart.TRAINED],
         [WeightsPart.TRAINED],
     ]
-    assert bytes(first.parts[0].holding.memory.view) == bytes_of(FROZEN)
+    assert bytes(first.parts[0].held.memory.view) == bytes_of(FROZEN)
     assert (first.received_bytes, second.received_bytes) == (FROZEN.nbytes + 10_240, 0)
 
 
@@ -143,7 +143,7 @@ def test_from_the_version_before_only_what_changed_comes(new_publisher, new_rece
     received = taken(receiver, offer)
     assert content_of(received) == bytes_of(new)
     assert received.route == "delta"
-    deltas = publisher.holdings[-1].deltas
+    deltas = publisher.held_parts[-1].deltas
     assert sorted(next(iter(deltas.values()))) == list(range(10))
     assert received.received_bytes == sum(map(len, next(iter(deltas.values())).values())) < 3 * BUCKET_BYTES / 4
     assert offer.changed_share == 3 / 2560
@@ -186,7 +186,7 @@ def test_a_damaged_delta_is_replaced_by_the_whole_bucket(new_publisher, new_rece
     taken(receiver, publisher.publish(1, source_of(VALUES)))
     new = source_of(changed(VALUES, *in_bucket(1, 5)))
     offer = publisher.publish(2, new)
-    deltas = next(iter(publisher.holdings[-1].deltas.values()))
+    deltas = next(iter(publisher.held_parts[-1].deltas.values()))
     deltas[5] = {"cut": deltas[5][:-1], "another": deltas[1]}.get(damage, damage)
     received = taken(receiver, offer)
     assert content_of(received) == bytes_of(new)
@@ -198,13 +198,13 @@ def test_changes_are_never_applied_to_what_damaged_ones_have_left_behind(new_pub
     taken(receiver, publisher.publish(1, source_of(VALUES)))
     new = source_of(changed(VALUES, *in_bucket(1, 5)))
     offer = publisher.publish(2, new)
-    holding = publisher.holdings[-1]
-    deltas = next(iter(holding.deltas.values()))
+    held = publisher.held_parts[-1]
+    deltas = next(iter(held.deltas.values()))
     right, deltas[5] = deltas[5], deltas[1]
-    holding.memory.view[5 * BUCKET_BYTES] ^= 1
+    held.memory.view[5 * BUCKET_BYTES] ^= 1
     assert refused(lambda: receiver.receive(offer, DEADLINE_S)) == "weights_corrupt"
     deltas[5] = right
-    holding.memory.view[5 * BUCKET_BYTES] ^= 1
+    held.memory.view[5 * BUCKET_BYTES] ^= 1
     received = taken(receiver, offer)
     assert content_of(received) == bytes_of(new)
     assert received.received_bytes == BUCKET_BYTES, "whole, and bucket 1 had come the first time"

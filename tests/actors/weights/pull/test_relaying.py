@@ -11,9 +11,10 @@ from dataclasses import replace
 import pytest
 
 from actors.weights.offer import WeightsOffer
-from actors.weights.pull.receiver import ReceivedWeights, ReceiverSettings, WeightReceiver
+from actors.weights.pull.pull import ReceiverSettings
+from actors.weights.pull.receiver import ReceivedWeights, WeightReceiver
 from actors.weights.pull.relays import Relay
-from tests.actors.weights.peers import Peer, content_digest
+from tests.actors.weights.peers import Peer, content_digest, served_bytes
 from tests.actors.weights.versions import bytes_of, changed, random_tensors, source_of
 from tests.links import Link
 
@@ -25,7 +26,7 @@ SOURCE = source_of(VALUES)
 
 
 def content_of(received: ReceivedWeights) -> bytes:
-    return bytes(received.parts[-1].holding.memory.view)
+    return bytes(received.parts[-1].held.memory.view)
 
 
 class Receiving:
@@ -77,7 +78,7 @@ def test_a_generator_serves_onward_what_it_has_and_the_publisher_sends_one_model
         ("b", "network"),
     ]
     assert publisher.server.egress_bytes == SOURCE.nbytes
-    assert [receiver.served_bytes for receiver in receivers] == [SOURCE.nbytes, SOURCE.nbytes, 0]
+    assert [served_bytes(receiver) for receiver in receivers] == [SOURCE.nbytes, SOURCE.nbytes, 0]
 
 
 @pytest.mark.usefixtures("slices")
@@ -110,7 +111,7 @@ def test_changes_are_kept_no_longer_than_the_version_that_they_lead_to(new_publi
     received = []
     for version in range(3):
         offer = publisher.publish(version, source_of(changed(VALUES, *range(version))))
-        received.append(receiver.receive(offer, DEADLINE_S).parts[0].holding)
+        received.append(receiver.receive(offer, DEADLINE_S).parts[0].held)
     first, second, third = received
     assert (first.deltas, second.deltas) == ({}, {}), "whoever still holds them"
     assert list(third.deltas) == [second.manifest.digest]
@@ -121,7 +122,7 @@ def test_those_that_dont_serve_keep_no_changes_for_others(new_publisher, new_rec
     for version, source in enumerate((SOURCE, source_of(changed(VALUES, 5)))):
         received = receiver.receive(publisher.publish(version, source), DEADLINE_S)
     assert received.route == "delta"
-    assert received.parts[0].holding.deltas == {}
+    assert received.parts[0].held.deltas == {}
 
 
 def test_who_pulls_from_a_generator_that_is_killed_goes_on_from_the_publisher_with_what_it_has(
@@ -170,7 +171,7 @@ def test_a_slow_generator_completes_its_version_while_two_more_are_published(new
             received = fast.receive(publisher.publish(version, sources[version]), DEADLINE_S)
             fast.loaded(received)
             assert content_of(received) == bytes_of(sources[version])
-            assert [holding.manifest.version for holding in publisher.holdings] == [0, version]
+            assert [held.manifest.version for held in publisher.held_parts] == [0, version]
         link.restore()
         finished = working.result()
     assert content_of(finished) == bytes_of(sources[0])
@@ -194,7 +195,7 @@ def test_a_slow_relay_holds_up_nobody_once_another_one_has_the_version(new_publi
             assert received.source == "fast"
             assert content_of(received) == bytes_of(source)
             assert content_of(working.result()) == bytes_of(source)
-            served.append(slow.served_bytes)
+            served.append(served_bytes(slow))
     assert 0 < served[0] < SOURCE.nbytes
     assert served[1] == served[0]
 

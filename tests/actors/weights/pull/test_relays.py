@@ -118,10 +118,10 @@ def test_a_leader_that_lost_its_source_stays_its_hosts_leader():
 
 def test_who_waits_at_a_slow_source_goes_on_from_one_that_has_all_of_it():
     tree = tree_of(*map(relay, "abcd"))  # c and d pull from a
-    assert tree.relieve(relay("c")) == relay("a"), "nobody has more than a"
+    assert tree.reassign(relay("c")) == relay("a"), "nobody has more than a"
     tree.done("b")
-    assert tree.relieve(relay("c")) == relay("b")
-    assert tree.relieve(relay("d")) == relay("b")
+    assert tree.reassign(relay("c")) == relay("b")
+    assert tree.reassign(relay("d")) == relay("b")
     assert (tree.children("a"), tree.children("b")) == ([], ["c", "d"])
     assert tree.join(relay("e")) == relay("c"), "a gets no more children, and b has no room"
 
@@ -130,25 +130,25 @@ def test_a_source_that_has_all_of_it_is_left_only_by_who_is_late():
     tree = tree_of(*map(relay, "abcd"))
     for name in "ab":
         tree.done(name)
-    assert tree.relieve(relay("c")) == relay("a")
-    assert tree.relieve(relay("c"), is_late=True) == relay("b")
+    assert tree.reassign(relay("c")) == relay("a")
+    assert tree.reassign(relay("c"), is_late=True) == relay("b")
     assert tree.slow == {"a"}
 
 
 def test_the_publisher_itself_helps_out_once_those_that_pull_from_it_have_all_of_it():
     tree = tree_of(*map(relay, "abcdef"))  # a: c, d; b: e, f
     tree.done("b")
-    assert tree.relieve(relay("c")) is None
-    assert tree.relieve(relay("d")) == relay("a"), "the publisher's other child is a, so now it has no room"
+    assert tree.reassign(relay("c")) is None
+    assert tree.reassign(relay("d")) == relay("a"), "the publisher's other child is a, so now it has no room"
     tree.done("e")
-    assert tree.relieve(relay("d")) == relay("b")
+    assert tree.reassign(relay("d")) == relay("b")
 
 
 def test_nobody_goes_to_one_that_has_it_from_itself():
     tree = tree_of(*map(relay, "abc"), fan_out=1)
     tree.done("c")  # most of it from an earlier version, say
-    assert tree.relieve(relay("b")) == relay("a")
-    assert tree.relieve(relay("a")) is None
+    assert tree.reassign(relay("b")) == relay("a")
+    assert tree.reassign(relay("a")) is None
 
 
 def test_those_who_were_slow_with_the_version_before_get_no_children():
@@ -301,7 +301,7 @@ class Comings(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(set(self.known) - self.lost) or sorted(self.known)))
         before, mapped = self.tree.parent(name), self.maps(name)
         self.lost.discard(name)
-        answer = self.tree.relieve(self.known[name], is_late=is_late)
+        answer = self.tree.reassign(self.known[name], is_late=is_late)
         parent = self.tree.parent(name)
         assert answer == (None if parent == ROOT else self.known[parent])
         if before is not None and parent != before:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from actors.weights.offer import Keys
 from actors.weights.pull import server as server_module
-from actors.weights.pull.connection import Connection, RefusedError, SilentError
+from actors.weights.pull.connection import Connection, KeysRefusedError, NoAnswerError
 from actors.weights.pull.relays import RelayTree
 from actors.weights.pull.server import LOOPBACK, NotLoopbackError, WeightServer, is_loopback
 from tests.actors.weights.served import DEADLINE_S, SILENCE_S, TreeDirectory, asked, holding_of, new_keys, serving
@@ -30,10 +30,10 @@ def encrypted() -> Iterator[tuple[WeightServer, Keys]]:
 
 def test_a_client_with_the_runs_key_is_served_encrypted(encrypted, context):
     server, keys = encrypted
-    holding = holding_of()
-    server.hold(holding)
+    held = holding_of()
+    server.hold(held)
     client = Connection(context, server.endpoint, server.server_key, keys)
-    assert bytes(asked(client, "bucket", holding.manifest.digest, index=1).payload) == holding.content(1)
+    assert bytes(asked(client, "bucket", held.manifest.digest, index=1).payload) == held.content(1)
     client.close(linger_ms=0)
 
 
@@ -43,7 +43,7 @@ def test_a_client_with_another_key_is_refused_and_logged_once_however_often_it_t
     with caplog.at_level(logging.WARNING):
         for keys in [new_keys()] * 4 + [new_keys()]:
             client = Connection(context, server.endpoint, server.server_key, keys)
-            with pytest.raises(RefusedError, match="refused this run's keys"):
+            with pytest.raises(KeysRefusedError, match="refused this run's keys"):
                 asked(client, "manifest", "any")
             client.close(linger_ms=0)
     warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
@@ -53,35 +53,35 @@ def test_a_client_with_another_key_is_refused_and_logged_once_however_often_it_t
 @pytest.mark.parametrize("kind", ["another server key", "no encryption"])
 def test_nothing_is_believed_of_a_server_that_isnt_the_one_that_was_offered(encrypted, context, kind):
     server, keys = encrypted
-    holding = holding_of()
-    server.hold(holding)
+    held = holding_of()
+    server.hold(held)
     is_plain = kind == "no encryption"
     client = Connection(context, server.endpoint, zmq.curve_keypair()[0], None if is_plain else keys)
-    with pytest.raises((RefusedError, SilentError)):
-        asked(client, "manifest", holding.manifest.digest, 2.0)
+    with pytest.raises((KeysRefusedError, NoAnswerError)):
+        asked(client, "manifest", held.manifest.digest, 2.0)
     client.close(linger_ms=0)
     assert server.egress_bytes == 0
 
 
 def test_an_encrypting_client_gets_nothing_from_a_server_that_doesnt(context):
     for server in serving():
-        server.hold(holding := holding_of())
+        server.hold(held := holding_of())
         client = Connection(context, server.endpoint, zmq.curve_keypair()[0], new_keys())
-        with pytest.raises((RefusedError, SilentError)):
-            asked(client, "manifest", holding.manifest.digest, 2.0)
+        with pytest.raises((KeysRefusedError, NoAnswerError)):
+            asked(client, "manifest", held.manifest.digest, 2.0)
         client.close(linger_ms=0)
 
 
 @pytest.mark.parametrize("nbytes", [server_module.MAX_REQUEST_BYTES // 2, server_module.MAX_REQUEST_BYTES + 1])
 def test_a_request_that_is_no_request_by_its_size_ends_its_connection_and_no_other(context, nbytes):
     for server in serving():
-        holding = holding_of()
-        server.hold(holding)
-        digest = holding.manifest.digest
+        held = holding_of()
+        server.hold(held)
+        digest = held.manifest.digest
         clients = [Connection(context, server.endpoint, b"", None) for _ in range(2)]
         clients[0].ask("manifest", digest, padding=bytes(nbytes))
         if nbytes > server_module.MAX_REQUEST_BYTES:
-            with pytest.raises(SilentError):
+            with pytest.raises(NoAnswerError):
                 clients[0].answer("manifest", digest, time.monotonic() + SILENCE_S)
         else:
             assert clients[0].answer("manifest", digest, time.monotonic() + DEADLINE_S).payload
@@ -139,7 +139,7 @@ DEEP = b"\x91" * 1000 + b"\xc0"
 def harassed(context: zmq.Context[Any]) -> Iterator[zmq.Socket[bytes]]:
     """A plain socket to a publisher's server."""
     tree = RelayTree(1, "trainer")
-    for server in serving(directory=TreeDirectory(tree)):
+    for server in serving(assigner=TreeDirectory(tree)):
         server.hold(GARBAGE_HOLDING)
         socket = context.socket(zmq.DEALER)
         socket.connect(server.endpoint)

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from actors.weights.manifest import WeightsPart, bucket_digest
-from actors.weights.pull.delta import DELTA_SHARE, apply_delta
+from actors.weights.pull.delta import MAX_DELTA_FRACTION, apply_delta
 from actors.weights.pull.memory import Memory
-from actors.weights.pull.server import Holding
-from actors.weights.pull.writer import Comparison
+from actors.weights.pull.server import HeldPart
+from actors.weights.pull.writer import PublishedComparison
 from actors.weights.source import DTYPES
 from tests.actors.weights.versions import array, bytes_of, changed, random_tensors, source_of, tensor_in, written
 
@@ -121,7 +121,7 @@ def successors(draw: st.DrawFn) -> tuple[list[torch.Tensor], list[torch.Tensor]]
 def test_writing_after_the_version_before_gives_the_same_as_writing_anew(pair, precision, bucket_bytes, is_in_place):
     old, new = source_of(pair[0], precision=precision), source_of(pair[1], precision=precision)
     memory = Memory.create(max(old.nbytes, new.nbytes))
-    base = Holding(written(old, memory, bucket_bytes)[0], memory)
+    base = HeldPart(written(old, memory, bucket_bytes)[0], memory)
     before = bytes(memory.view)
     target = memory if is_in_place else dirty_memory(memory.nbytes)
     manifest, _ = written(new, target, bucket_bytes, base, version=2)
@@ -137,14 +137,14 @@ def test_writing_after_the_version_before_gives_the_same_as_writing_anew(pair, p
 def test_the_delta_makes_the_new_version_of_the_old_one(pair, precision, bucket_bytes, is_in_place):
     old, new = source_of(pair[0], precision=precision), source_of(pair[1], precision=precision)
     memory = Memory.create(max(old.nbytes, new.nbytes))
-    base = Holding(written(old, memory, bucket_bytes)[0], memory)
+    base = HeldPart(written(old, memory, bucket_bytes)[0], memory)
     before = bytes(memory.view)
     target = memory if is_in_place else dirty_memory(memory.nbytes)
     manifest, delta = written(new, target, bucket_bytes, base, version=2)
     assert (delta is not None) == (old.entries == new.entries)
     for bucket, packed in delta.buckets.items() if delta is not None else ():
         start, end = manifest.span(bucket)
-        assert len(packed) < DELTA_SHARE * (end - start)
+        assert len(packed) < MAX_DELTA_FRACTION * (end - start)
         content = array(before[start:end])
         apply_delta(packed, content)
         assert bytes(content) == bytes(target.view[start:end])
@@ -161,7 +161,7 @@ def test_the_share_of_changed_elements_is_exact(data, precision, bucket_bytes):
     old = random_tensors(*sizes, dtype=DTYPES[precision])
     places = data.draw(st.sets(st.integers(0, sum(sizes) - 1), max_size=30))
     memory = Memory.create(source_of(old).nbytes)
-    base = Holding(written(source_of(old), memory, bucket_bytes)[0], memory)
+    base = HeldPart(written(source_of(old), memory, bucket_bytes)[0], memory)
     new = changed(old, *places)
     _, delta = written(source_of(new), memory, bucket_bytes, base)
     assert delta is not None
@@ -180,7 +180,7 @@ def test_the_share_is_exact_where_elements_differ_in_size(data, bucket_bytes):
     ]
     new = changed(old, *data.draw(st.sets(st.integers(0, sum(map(len, old))), max_size=30)))
     memory = Memory.create(source_of(old).nbytes)
-    base = Holding(written(source_of(old), memory, bucket_bytes)[0], memory)
+    base = HeldPart(written(source_of(old), memory, bucket_bytes)[0], memory)
     _, delta = written(source_of(new), memory, bucket_bytes, base)
     assert delta is not None
     differ = sum(int((a != b).sum()) for a, b in zip(old, new, strict=True))
@@ -192,7 +192,7 @@ def test_no_memory_of_the_size_of_a_bucket_is_taken(is_in_place):
     words = torch.arange(16 * MIB, dtype=torch.int16)
     source = source_of([words.view(torch.bfloat16)])
     memory = Memory.create(source.nbytes)
-    base = Holding(written(source, memory, 16 * MIB)[0], memory)
+    base = HeldPart(written(source, memory, 16 * MIB)[0], memory)
     target = memory if is_in_place else Memory.create(source.nbytes)
     words[::100] += 1
     tracemalloc.start()
@@ -215,8 +215,8 @@ def test_another_layout_bucket_size_or_part_has_no_delta():
         replace(base, part=WeightsPart.FROZEN),
         replace(base, tensors=base.tensors[:1]),
     ]
-    assert [written(source, memory, base=Holding(other, memory))[1] for other in others] == [None] * 3
-    assert written(source, memory, base=Holding(base, memory))[1] is not None
+    assert [written(source, memory, base=HeldPart(other, memory))[1] for other in others] == [None] * 3
+    assert written(source, memory, base=HeldPart(base, memory))[1] is not None
 
 
 def test_attributes_travel_with_the_part():
@@ -226,17 +226,17 @@ def test_attributes_travel_with_the_part():
     assert manifest.attributes == '{"r": 8}'
 
 
-def held(values: list[torch.Tensor], **fields: str) -> Holding:
+def held(values: list[torch.Tensor], **fields: str) -> HeldPart:
     source = source_of(values, **fields)
     memory = Memory.create(source.nbytes)
-    return Holding(written(source, memory)[0], memory)
+    return HeldPart(written(source, memory)[0], memory)
 
 
 def test_a_comparison_names_what_differs_from_what_was_published():
     values = random_tensors(10, 20, 0, 30, dtype=torch.bfloat16)
     published = held(values)
     for places, names in (((), []), ((10,), ["t1"]), ((9, 59), ["t0", "t3"])):
-        comparison = Comparison([published])
+        comparison = PublishedComparison([published])
         source_of([t.float() for t in changed(values, *places)], precision="bfloat16").read(comparison)
         assert comparison.different == names
 
@@ -244,7 +244,7 @@ def test_a_comparison_names_what_differs_from_what_was_published():
 def test_a_comparison_names_what_was_never_published_and_prefers_what_was_published_later():
     values = random_tensors(10, 20)
     later = changed(values, 0)
-    comparison = Comparison([held(values), held(later, prefix="t")])
+    comparison = PublishedComparison([held(values), held(later, prefix="t")])
     source_of(later).read(comparison)
     source_of(values[:1], prefix="new").read(comparison)
     assert comparison.different == ["new0"]
@@ -252,7 +252,7 @@ def test_a_comparison_names_what_was_never_published_and_prefers_what_was_publis
 
 @given(tensors(), PRECISIONS)
 def test_a_comparison_finds_no_difference_where_there_is_none(values, precision):
-    comparison = Comparison([held(values, precision=precision)])
+    comparison = PublishedComparison([held(values, precision=precision)])
     source_of(values, precision=precision).read(comparison)
     assert comparison.different == []
 
@@ -263,12 +263,12 @@ def test_numbers_that_equal_nothing_or_something_else_are_carried_bit_by_bit(val
     special = plain.clone()
     special[7] = value
     memory = Memory.create(source_of([plain]).nbytes)
-    base = Holding(written(source_of([plain]), memory)[0], memory)
+    base = HeldPart(written(source_of([plain]), memory)[0], memory)
     before = bytes(memory.view)
     manifest, delta = written(source_of([special]), memory, base=base)
     assert delta is not None
     assert delta.changed_words == 1
     assert bytes(memory.view) == bytes_of(source_of([special])) != before
-    comparison = Comparison([Holding(manifest, memory)])
+    comparison = PublishedComparison([HeldPart(manifest, memory)])
     source_of([special]).read(comparison)
     assert comparison.different == []

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actors.weights.tensors import SourceTensor
+from actors.weights.source import SourceTensor
 
 SHAPES = {"first.weight": (64, 32), "first.bias": (64,), "second.weight": (8, 64), "scale": ()}
 
@@ -46,7 +46,7 @@ class Worker:
     """What vLLM's worker does around its engine, as far as it matters here."""
 
     def __init__(self, rank: int, workers: int) -> None:
-        from actors.weights.push.vllm_backends import CheckedNcclEngine
+        from actors.weights.push.vllm_backends import CheckedNcclBackend
 
         self.model = ToyModel()
         parallel = SimpleNamespace(
@@ -57,7 +57,7 @@ class Worker:
             enable_expert_parallel=False,
         )
         config: Any = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(dtype=torch.float32))
-        self.engine = CheckedNcclEngine(config, config, torch.device("cpu"), self.model)
+        self.engine = CheckedNcclBackend(config, config, torch.device("cpu"), self.model)
         self.is_open = False
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -88,7 +88,7 @@ class Worker:
         return None
 
 
-class PeerPort:
+class PeerTarget:
     """A generator of one or more such workers."""
 
     def __init__(self, name: str, workers: int = 1, *, in_process: bool = False, incarnation: str = "first") -> None:

@@ -20,7 +20,7 @@ from actors.model.forward import load_model
 from actors.trainer.deepspeed_engine import DeepSpeedEngine, Place, join
 from actors.weights.push.sender import DeviceSender, PushSettings
 from actors.weights.source import module_tensors
-from tests.actors.weights.push.push_peer import PeerPort
+from tests.actors.weights.push.push_peer import PeerTarget
 
 RANKS = 2
 FAILS_AT = "model.layers.0.mlp.down_proj.weight"
@@ -44,14 +44,14 @@ def main() -> None:
     sender = DeviceSender(tensors, settings, rank=place.rank, device=torch.device("cpu"))
     result: dict[str, Any] = {}
     for name in ("well", "ill", "well again"):
-        ports = [PeerPort(name)] if place.rank == 0 else []
+        targets = [PeerTarget(name)] if place.rank == 0 else []
         if name == "ill":
-            ports and ports[0].when(FAILS_AT, fail)
-        report = sender.push(1, ports)
+            targets and targets[0].when(FAILS_AT, fail)
+        report = sender.push(1, targets)
         if report is not None:
-            (held,) = ports[0].ask("held")
+            (held,) = targets[0].ask("held")
             result[name] = (report.is_whole, str(report), held)
-            ports[0].stop()
+            targets[0].stop()
     sender.close()
     distributed.barrier()
     if place.rank == 0:

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from actors.weights.push.device_digest import BLOCK_WORDS, VersionPrint, as_integers, digest_of, fingerprint, lanes
+from actors.weights.push.device_digest import (
+    BLOCK_WORDS,
+    VersionDigests,
+    as_integers,
+    device_digest,
+    digest_halves,
+    version_digest,
+)
 
 DTYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 MASK = (1 << 64) - 1
@@ -51,28 +58,28 @@ def by_the_book(content: bytes) -> int:
 @given(dtypes, st.integers(0, 70), seeds)
 def test_a_fingerprint_is_the_one_that_the_book_gives(dtype: torch.dtype, count: int, seed: int):
     tensor = random_bits(dtype, count, seed)
-    assert fingerprint(tensor) == by_the_book(tensor.view(torch.uint8).numpy().tobytes())
+    assert device_digest(tensor) == by_the_book(tensor.view(torch.uint8).numpy().tobytes())
 
 
 @pytest.mark.parametrize("words", [BLOCK_WORDS, BLOCK_WORDS + 1, 5 * BLOCK_WORDS // 2])
 def test_blocks_are_hashed_one_by_one_and_then_together(words: int):
     tensor = random_bits(torch.bfloat16, 4 * words + 1, seed=words)
-    assert fingerprint(tensor) == by_the_book(tensor.view(torch.uint8).numpy().tobytes())
+    assert device_digest(tensor) == by_the_book(tensor.view(torch.uint8).numpy().tobytes())
 
 
 def test_blocks_that_change_places_are_found():
     blocks = [random_bits(torch.float32, 2 * BLOCK_WORDS, seed) for seed in (1, 2)]
-    assert fingerprint(torch.cat(blocks)) != fingerprint(torch.cat(blocks[::-1]))
+    assert device_digest(torch.cat(blocks)) != device_digest(torch.cat(blocks[::-1]))
 
 
 @given(dtypes, st.integers(1, 3000), seeds, st.data())
 def test_a_flipped_bit_is_always_found(dtype: torch.dtype, count: int, seed: int, data: st.DataObject):
     tensor = random_bits(dtype, count, seed)
-    before = fingerprint(tensor)
+    before = device_digest(tensor)
     place, bit = data.draw(st.integers(0, count - 1)), data.draw(st.integers(0, 8 * dtype.itemsize - 1))
     content = tensor.view(torch.uint8)
     content[place * dtype.itemsize + bit // 8] ^= 1 << bit % 8
-    after = fingerprint(tensor)
+    after = device_digest(tensor)
     assert before & MASK != after & MASK  # each half finds it for itself
     assert before >> 64 != after >> 64
 
@@ -82,9 +89,9 @@ def test_two_elements_that_change_places_are_found(dtype: torch.dtype, count: in
     tensor = random_bits(dtype, count, seed)
     one, other = data.draw(st.lists(st.integers(0, count - 1), min_size=2, max_size=2, unique=True))
     bits = tensor.view(DTYPES[dtype])
-    before = fingerprint(tensor)
+    before = device_digest(tensor)
     bits[[one, other]] = bits[[other, one]].clone()
-    assert (fingerprint(tensor) == before) == bool(bits[one] == bits[other])
+    assert (device_digest(tensor) == before) == bool(bits[one] == bits[other])
 
 
 @given(dtypes, st.integers(1, 600))
@@ -94,7 +101,7 @@ def test_signs_that_change_places_among_zeros_are_found(dtype: torch.dtype, coun
     for place in range(count):
         tensor = torch.zeros(count, dtype=dtype)
         tensor[place] = -0.0
-        seen.add(fingerprint(tensor))
+        seen.add(device_digest(tensor))
     assert len(seen) == count
 
 
@@ -103,12 +110,12 @@ def test_a_shift_is_found(dtype: torch.dtype, count: int, seed: int, distance: i
     tensor = random_bits(dtype, count, seed)
     shifted = tensor.roll(distance)
     same = torch.equal(tensor.view(torch.uint8), shifted.view(torch.uint8))
-    assert (fingerprint(tensor) == fingerprint(shifted)) == same
+    assert (device_digest(tensor) == device_digest(shifted)) == same
 
 
 @given(dtypes, st.integers(0, 100), st.integers(0, 100))
 def test_zeros_of_different_number_differ(dtype: torch.dtype, one: int, other: int):
-    same = fingerprint(torch.zeros(one, dtype=dtype)) == fingerprint(torch.zeros(other, dtype=dtype))
+    same = device_digest(torch.zeros(one, dtype=dtype)) == device_digest(torch.zeros(other, dtype=dtype))
     assert same == (one == other)
 
 
@@ -119,22 +126,22 @@ def test_the_place_in_memory_doesnt_matter(dtype: torch.dtype, count: int, seed:
     start = offset * dtype.itemsize
     view = buffer[start : start + count * dtype.itemsize].view(dtype)
     view.view(torch.uint8).copy_(tensor.view(torch.uint8))
-    assert fingerprint(view) == fingerprint(tensor)
+    assert device_digest(view) == device_digest(tensor)
 
 
 def test_a_transposed_view_is_read_in_row_major_order():
     tensor = torch.arange(12.0).reshape(3, 4)
-    assert fingerprint(tensor.t()) == fingerprint(tensor.t().contiguous()) != fingerprint(tensor)
+    assert device_digest(tensor.t()) == device_digest(tensor.t().contiguous()) != device_digest(tensor)
 
 
 def test_a_scalar_and_a_gradient_are_no_hindrance():
     parameter = torch.nn.Parameter(torch.tensor(2.5))
-    assert fingerprint(parameter) == fingerprint(torch.tensor([2.5]))
+    assert device_digest(parameter) == device_digest(torch.tensor([2.5]))
 
 
 def test_many_fingerprints_come_with_one_copy_to_the_host():
     tensors = [torch.full((count,), 1.5) for count in range(5)]
-    assert as_integers([lanes(tensor) for tensor in tensors]) == [fingerprint(tensor) for tensor in tensors]
+    assert as_integers([digest_halves(tensor) for tensor in tensors]) == [device_digest(tensor) for tensor in tensors]
     assert as_integers([]) == []
 
 
@@ -142,7 +149,7 @@ ROWS = (("a", "float32", (2, 3), 1 << 100), ("b", "bfloat16", (), 7))
 
 
 def test_a_digest_doesnt_depend_on_the_order_of_the_tensors():
-    assert digest_of(3, ROWS) == digest_of(3, reversed(ROWS))
+    assert version_digest(3, ROWS) == version_digest(3, reversed(ROWS))
 
 
 @pytest.mark.parametrize(
@@ -156,21 +163,21 @@ def test_a_digest_doesnt_depend_on_the_order_of_the_tensors():
     ],
 )
 def test_a_digest_stands_for_version_name_dtype_shape_and_content(version: int, row: tuple):
-    assert digest_of(version, (row, ROWS[1])) != digest_of(3, ROWS)
+    assert version_digest(version, (row, ROWS[1])) != version_digest(3, ROWS)
 
 
 def test_a_name_that_comes_twice_has_no_digest():
     with pytest.raises(ValueError, match="a comes twice"):
-        digest_of(3, (ROWS[0], ROWS[0]))
+        version_digest(3, (ROWS[0], ROWS[0]))
 
 
 def test_a_versions_print_survives_packing():
-    printed = VersionPrint(3, ROWS)
-    assert VersionPrint.unpack(printed.pack()) == printed
-    assert printed.digest == digest_of(3, ROWS)
+    digests = VersionDigests(3, ROWS)
+    assert VersionDigests.unpack(digests.pack()) == digests
+    assert digests.digest == version_digest(3, ROWS)
 
 
 @pytest.mark.parametrize("packed", [{}, {"version": 1, "tensors": [["a"]]}, {"version": "x", "tensors": []}, None])
 def test_what_isnt_a_print_is_refused(packed: object):
     with pytest.raises(ValueError, match="not a version's fingerprints"):
-        VersionPrint.unpack(packed)
+        VersionDigests.unpack(packed)

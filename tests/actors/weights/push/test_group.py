@@ -17,12 +17,12 @@ import torch
 from torch.distributed import HashStore, PrefixStore
 
 from actors.weights.push.group import (
-    AbsentError,
     Deadline,
-    Meeting,
-    MeetingPoint,
+    MissingRanksError,
     NcclGroup,
     PeerLostError,
+    Rendezvous,
+    RendezvousServer,
     TransferGroup,
     join_group,
 )
@@ -40,8 +40,8 @@ def beside() -> Iterator[ThreadPoolExecutor]:
 
 def met(beside: ThreadPoolExecutor, workers: int) -> list[TransferGroup]:
     """A group of rank 0 and so many workers, by rank."""
-    point = MeetingPoint(HOST, 1 + workers, Deadline(10.0))
-    joining = [beside.submit(join_group, point.meeting, 1 + rank, CPU, 10.0) for rank in range(workers)]
+    point = RendezvousServer(HOST, 1 + workers, Deadline(10.0))
+    joining = [beside.submit(join_group, point.rendezvous, 1 + rank, CPU, 10.0) for rank in range(workers)]
     return [point.open(CPU), *(future.result() for future in joining)]
 
 
@@ -62,9 +62,9 @@ def test_every_member_receives_what_rank_0_sends(beside: ThreadPoolExecutor, dty
 
 
 def test_members_that_dont_come_are_named_and_those_who_came_are_sent_away(beside: ThreadPoolExecutor):
-    point = MeetingPoint(HOST, 4, Deadline(0.5))
-    joining = beside.submit(join_group, point.meeting, 2, CPU, 30.0)
-    with pytest.raises(AbsentError) as caught:
+    point = RendezvousServer(HOST, 4, Deadline(0.5))
+    joining = beside.submit(join_group, point.rendezvous, 2, CPU, 30.0)
+    with pytest.raises(MissingRanksError) as caught:
         point.open(CPU)
     assert caught.value.ranks == (1, 3)
     with pytest.raises(PeerLostError, match=r"ranks \[1, 3\] of 4 didn't come"):
@@ -72,14 +72,14 @@ def test_members_that_dont_come_are_named_and_those_who_came_are_sent_away(besid
 
 
 def test_a_meeting_without_hope_ends_at_once():
-    with pytest.raises(AbsentError):
-        MeetingPoint(HOST, 2, Deadline(3600.0)).open(CPU, is_hopeless=lambda: True)
+    with pytest.raises(MissingRanksError):
+        RendezvousServer(HOST, 2, Deadline(3600.0)).open(CPU, must_stop=lambda: True)
 
 
 def test_who_doesnt_know_the_token_isnt_met(beside: ThreadPoolExecutor):
-    point = MeetingPoint(HOST, 2, Deadline(0.5))
-    joining = beside.submit(join_group, replace(point.meeting, token="guessed"), 1, CPU, 1.0)
-    with pytest.raises(AbsentError):
+    point = RendezvousServer(HOST, 2, Deadline(0.5))
+    joining = beside.submit(join_group, replace(point.rendezvous, token="guessed"), 1, CPU, 1.0)
+    with pytest.raises(MissingRanksError):
         point.open(CPU)
     with pytest.raises(PeerLostError, match="doesn't answer"):
         joining.result()
@@ -89,13 +89,13 @@ def test_a_meeting_where_nobody_listens_is_given_up():
     with socket.create_server((HOST, 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(PeerLostError, match="doesn't answer"):
-        join_group(Meeting(HOST, port, "token", 2), 1, CPU, 1.0)
+        join_group(Rendezvous(HOST, port, "token", 2), 1, CPU, 1.0)
 
 
 def test_a_group_that_rank_0_gives_up_ends_for_all_with_its_reason(beside: ThreadPoolExecutor):
     trainer, *workers = met(beside, 2)
     waiting = [beside.submit(received, worker, torch.empty(3), 3600.0) for worker in workers]
-    trainer.give_up("generator-7 died")
+    trainer.abort("generator-7 died")
     for future in waiting:
         with pytest.raises(PeerLostError, match="generator-7 died"):
             future.result()
@@ -116,8 +116,8 @@ def test_an_error_of_the_users_own_passes_through(beside: ThreadPoolExecutor):
 
 
 def die_as_trainer(link: Connection) -> None:
-    point = MeetingPoint(HOST, 2, Deadline(60.0))
-    link.send(point.meeting)
+    point = RendezvousServer(HOST, 2, Deadline(60.0))
+    link.send(point.rendezvous)
     group = point.open(CPU)
     with group.bounded(60.0):
         group.broadcast(torch.ones(3), src=0)
@@ -155,13 +155,13 @@ class Kernel:
 class KernelGroup(NcclGroup):
     """Settles when the kernel is done, as a device does."""
 
-    def _settle(self) -> None:
+    def _wait_until_done(self) -> None:
         self._communicator.done.wait()
 
 
 def kernel_group(rank: int, store: HashStore) -> tuple[KernelGroup, Kernel]:
     kernel = Kernel()
-    return KernelGroup(Meeting(HOST, 1, "token", 2), rank, PrefixStore("token", store), kernel), kernel
+    return KernelGroup(Rendezvous(HOST, 1, "token", 2), rank, PrefixStore("token", store), kernel), kernel
 
 
 def test_a_kernel_that_waits_for_a_lost_member_is_aborted_by_the_deadline():
@@ -177,7 +177,7 @@ def test_a_kernel_is_aborted_when_rank_0_gives_the_group_up(beside: ThreadPoolEx
     store = HashStore()
     (trainer, _), (worker, kernel) = kernel_group(0, store), kernel_group(1, store)
     waiting: Future[Any] = beside.submit(received, worker, torch.ones(3), 3600.0)
-    trainer.give_up("generator-7 died")
+    trainer.abort("generator-7 died")
     with pytest.raises(PeerLostError, match="generator-7 died"):
         waiting.result()
     assert kernel.aborts == 1

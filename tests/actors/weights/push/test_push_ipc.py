@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from actors.weights.push.device_digest import VersionPrint
+from actors.weights.push.device_digest import VersionDigests
 from actors.weights.push.device_tensors import PushSource
 from actors.weights.push.group import Deadline
 from actors.weights.push.ipc_handles import HandleError, from_plain, to_plain
-from actors.weights.push.recipients import FleetClient, FleetError, PhaseDeadlines, Standing
-from actors.weights.push.sender import CheckedIpcTrainer, DeviceSender, PushSettings
-from actors.weights.push.vllm_backends import CheckedIpcEngine, Intake, NotLoadedError
+from actors.weights.push.recipients import PhaseDeadlines, PushFailedError, PushRecipients, RecipientState
+from actors.weights.push.sender import CheckedIpcSender, DeviceSender, PushSettings
+from actors.weights.push.vllm_backends import CheckedIpcBackend, DigestingModel, NotLoadedError
 from tests.actors.weights.push.push_peer import ToyModel, policy_tensors
 
 CPU = torch.device("cpu")
@@ -83,10 +83,10 @@ def test_values_that_are_no_handle_are_refused(plain: Any):
         from_plain(plain)
 
 
-def ipc_engine() -> CheckedIpcEngine:
+def ipc_engine() -> CheckedIpcBackend:
     parallel = SimpleNamespace(pipeline_parallel_size=1, enable_expert_parallel=False)
     config: Any = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(dtype=torch.float32))
-    return CheckedIpcEngine(config, config, CPU, ToyModel())
+    return CheckedIpcBackend(config, config, CPU, ToyModel())
 
 
 def test_an_engine_reads_a_plain_chunk_as_vllms_own():
@@ -113,16 +113,16 @@ def test_an_error_in_a_chunk_puts_the_layers_back_and_says_that_nothing_was_load
 
 
 def test_a_chunk_that_repeats_a_tensor_is_refused():
-    intake = Intake(ToyModel(), set(), is_part=False)
-    intake.load_weights([("a", torch.ones(2))])
+    digesting = DigestingModel(ToyModel(), set(), is_part=False)
+    digesting.load_weights([("a", torch.ones(2))])
     with pytest.raises(NotLoadedError, match="a came twice"):
-        intake.load_weights([("a", torch.ones(2))])
+        digesting.load_weights([("a", torch.ones(2))])
 
 
 def test_a_stage_of_a_pipeline_may_ignore_what_isnt_its_own():
     with pytest.raises(NotLoadedError, match="doesn't take stranger"):
-        Intake(ToyModel(), set(), is_part=False).load_weights([("stranger", torch.ones(2))])
-    assert Intake(ToyModel(), set(), is_part=True).load_weights([("stranger", torch.ones(2))]) == set()
+        DigestingModel(ToyModel(), set(), is_part=False).load_weights([("stranger", torch.ones(2))])
+    assert DigestingModel(ToyModel(), set(), is_part=True).load_weights([("stranger", torch.ones(2))]) == set()
 
 
 class Port:
@@ -158,10 +158,10 @@ class Port:
         return future
 
 
-class HandleTrainer(CheckedIpcTrainer):
+class HandleSender(CheckedIpcSender):
     """The trainer's side where there is no GPU: every chunk of one tensor, under a made-up handle."""
 
-    def __init__(self, client: FleetClient, source: PushSource) -> None:
+    def __init__(self, client: PushRecipients, source: PushSource) -> None:
         self.client, self.source = client, source
         self.is_sender = self.packed = self._is_new = True
         self._failure = None
@@ -182,40 +182,42 @@ def source() -> PushSource:
     return PushSource(policy_tensors(), device=CPU, gather_bytes=1 << 20)
 
 
-def begun(source: PushSource, *ports: Port) -> FleetClient:
-    client = FleetClient(ports, is_collective=False)
-    client.begin(Deadline(5.0), PhaseDeadlines(1.0, 1.0, 1.0), lambda: source.print_of(7), lambda why: None)
+def begun(source: PushSource, *ports: Port) -> PushRecipients:
+    client = PushRecipients(ports, is_collective=False)
+    client.begin(Deadline(5.0), PhaseDeadlines(1.0, 1.0, 1.0), lambda: source.digests_of(7), lambda why: None)
     return client
 
 
 def test_the_steps_come_in_order_with_chunks_as_plain_values(source: PushSource):
     port = Port("only")
     client = begun(source, port)
-    HandleTrainer(client, source).send_weights()
+    HandleSender(client, source).send_weights()
     first, start, *chunks, check, finish = port.asked
     assert first == {"packed": True}
     assert start == "start"
     assert [chunk["names"] for chunk in chunks] == [[meta.name] for meta in source.metadata()]
     assert all(chunk["ipc_handles"] == to_plain(handle()) for chunk in chunks)
-    assert VersionPrint.unpack(check["verify"]) == source.print_of(7)
+    assert VersionDigests.unpack(check["verify"]) == source.digests_of(7)
     assert finish == (7, check["digest"])
-    assert client.outcomes["only"].standing is Standing.CURRENT
+    assert client.results["only"].state is RecipientState.CURRENT
 
 
-@pytest.mark.parametrize(("fails_at", "standing"), [(1, Standing.UNTOUCHED), (3, Standing.STALE), (6, Standing.STALE)])
-def test_a_generator_that_fails_doesnt_stop_the_others(source: PushSource, fails_at: int, standing: Standing):
+@pytest.mark.parametrize(
+    ("fails_at", "state"), [(1, RecipientState.UNTOUCHED), (3, RecipientState.STALE), (6, RecipientState.STALE)]
+)
+def test_a_generator_that_fails_doesnt_stop_the_others(source: PushSource, fails_at: int, state: RecipientState):
     well, ill = Port("well"), Port("ill", fails_at)
     client = begun(source, well, ill)
-    with pytest.raises(FleetError, match="ill is ill"):
-        HandleTrainer(client, source).send_weights()
-    assert client.outcomes["well"].standing is Standing.CURRENT
-    assert client.outcomes["ill"].standing is standing
+    with pytest.raises(PushFailedError, match="ill is ill"):
+        HandleSender(client, source).send_weights()
+    assert client.results["well"].state is RecipientState.CURRENT
+    assert client.results["ill"].state is state
     assert len(ill.asked) == fails_at + 1  # it isn't asked again
 
 
 def test_every_rank_comes_to_the_end_of_its_pass_where_all_generators_have_failed(source: PushSource):
-    trainer = HandleTrainer(begun(source, Port("ill", 2)), source)
-    with pytest.raises(FleetError, match="ill is ill"):
+    trainer = HandleSender(begun(source, Port("ill", 2)), source)
+    with pytest.raises(PushFailedError, match="ill is ill"):
         trainer.send_weights()
     assert trainer.passed == [meta.name for meta in source.metadata()]
 

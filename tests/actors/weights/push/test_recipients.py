@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from actors.trainer.deepspeed_engine import open_store
-from actors.weights.push.recipients import PushReport, Standing
+from actors.weights.push.recipients import PushReport, RecipientState
 from actors.weights.push.sender import DeviceSender, PushSettings
-from actors.weights.tensors import SourceTensor
-from tests.actors.weights.push.push_peer import SHAPES, PeerPort, die, policy_tensors
+from actors.weights.source import SourceTensor
+from tests.actors.weights.push.push_peer import SHAPES, PeerTarget, die, policy_tensors
 from tests.actors.weights.push.push_ranks import RANKS
 from tests.tiny_model import build_tiny_lm
 
@@ -30,17 +30,17 @@ Start = Callable[..., Any]
 
 
 @pytest.fixture
-def peers() -> Iterator[Callable[..., PeerPort]]:
+def peers() -> Iterator[Callable[..., PeerTarget]]:
     """Starts generators, and ends them."""
-    started: list[PeerPort] = []
+    started: list[PeerTarget] = []
 
-    def start(name: str, workers: int = 1, **settings: Any) -> PeerPort:
-        started.append(PeerPort(name, workers, **settings))
+    def start(name: str, workers: int = 1, **settings: Any) -> PeerTarget:
+        started.append(PeerTarget(name, workers, **settings))
         return started[-1]
 
     yield start
-    for port in started:
-        port.stop()
+    for target in started:
+        target.stop()
 
 
 @pytest.fixture
@@ -58,19 +58,19 @@ def sender() -> Iterator[Callable[..., DeviceSender]]:
         one.close()
 
 
-def pushed(sender: DeviceSender, version: int, *ports: PeerPort) -> PushReport:
-    report = sender.push(version, ports)
+def pushed(sender: DeviceSender, version: int, *targets: PeerTarget) -> PushReport:
+    report = sender.push(version, targets)
     assert report is not None
-    assert [outcome.name for outcome in report.outcomes] == [port.name for port in ports]
+    assert [result.name for result in report.results] == [target.name for target in targets]
     return report
 
 
-def standings(report: PushReport) -> dict[str, Standing]:
-    return {outcome.name: outcome.standing for outcome in report.outcomes}
+def states(report: PushReport) -> dict[str, RecipientState]:
+    return {result.name: result.state for result in report.results}
 
 
 def at_fault(report: PushReport) -> list[str]:
-    return [outcome.name for outcome in report.outcomes if outcome.is_at_fault]
+    return [result.name for result in report.results if result.is_at_fault]
 
 
 @pytest.mark.parametrize("settings", [{"packed": False}, {"buffer_bytes": 8192}, {"buffer_bytes": 8500}, {}])
@@ -80,29 +80,29 @@ def test_every_worker_of_every_generator_holds_what_was_sent(peers: Start, sende
     push = sender(tensors, **settings)
     report = pushed(push, 1, narrow, wide)
     assert report.current == ("narrow", "wide"), str(report)
-    assert {outcome.answer for outcome in report.outcomes} == {(1, report.digest)}
+    assert {result.answer for result in report.results} == {(1, report.digest)}
     assert narrow.holds(tensors)
     assert wide.holds(tensors)
 
 
 def test_a_group_is_used_push_after_push_and_the_digest_follows_the_weights(peers: Start, sender: Start):
-    tensors, port = policy_tensors(), peers("only")
+    tensors, target = policy_tensors(), peers("only")
     push = sender(tensors)
-    digests = [pushed(push, 1, port).digest]
+    digests = [pushed(push, 1, target).digest]
     with torch.no_grad():
         tensors[0].parameters[0].add_(1.0)
-    digests += [pushed(push, 2, port).digest, pushed(push, 2, port).digest]
-    assert port.holds(tensors)
+    digests += [pushed(push, 2, target).digest, pushed(push, 2, target).digest]
+    assert target.holds(tensors)
     assert len(set(digests)) == 2
-    assert port.calls.count("init_weight_transfer_engine") == 1
+    assert target.calls.count("init_weight_transfer_engine") == 1
 
 
 def test_tensors_are_cast_to_the_dtype_of_the_wire(peers: Start, sender: Start):
-    port = peers("only")
+    target = peers("only")
     plain = policy_tensors()
     cast = [SourceTensor(t.name, "bfloat16", t.shape, t.parameters, t.read) for t in plain[:1]] + plain[1:]
-    assert pushed(sender(cast), 1, port).is_whole
-    (held,) = port.ask("held")
+    assert pushed(sender(cast), 1, target).is_whole
+    (held,) = target.ask("held")
     assert torch.equal(held[cast[0].name], plain[0].read().to(torch.bfloat16))
 
 
@@ -112,7 +112,7 @@ def test_a_generator_that_dies_in_the_middle_is_named_and_the_others_go_on_witho
     push = sender(tensors, packed=False)
     doomed.when("second.weight", die)
     report = pushed(push, 1, well, doomed)
-    assert standings(report) == {"well": Standing.STALE, "doomed": Standing.LOST}
+    assert states(report) == {"well": RecipientState.STALE, "doomed": RecipientState.LOST}
     assert at_fault(report) == ["doomed"]
     assert pushed(push, 1, well).is_whole
     assert well.holds(tensors)
@@ -125,7 +125,7 @@ def test_a_generator_that_stands_still_is_named_within_the_deadline(peers: Start
     wake = threading.Event()
     still.when("first.bias", wake.wait)
     report = pushed(push, 1, well, still)
-    assert standings(report) == {"well": Standing.STALE, "still": Standing.LOST}
+    assert states(report) == {"well": RecipientState.STALE, "still": RecipientState.LOST}
     assert at_fault(report) == ["still"]
     wake.set()
     assert pushed(push, 1, well).is_whole
@@ -141,7 +141,7 @@ def test_a_generator_that_cant_start_leaves_the_others_on_their_former_version(p
     with torch.no_grad():
         tensors[0].parameters[0].add_(1.0)
     report = pushed(push, 2, well, odd)
-    assert standings(report) == {"well": Standing.UNTOUCHED, "odd": Standing.UNTOUCHED}
+    assert states(report) == {"well": RecipientState.UNTOUCHED, "odd": RecipientState.UNTOUCHED}
     assert at_fault(report) == ["odd"]
     assert "a session is open" in str(report)
     assert all(torch.equal(before[0][name], held) for name, held in well.ask("held")[0].items())
@@ -154,7 +154,7 @@ def test_a_generator_that_doesnt_come_to_the_meeting_is_named_and_holds_up_no_ot
     absent.refuse("init_weight_transfer_engine", RuntimeError("it is restarting"))
     push = sender(tensors)
     report = pushed(push, 1, well, absent)
-    assert standings(report) == {"well": Standing.UNTOUCHED, "absent": Standing.UNTOUCHED}
+    assert states(report) == {"well": RecipientState.UNTOUCHED, "absent": RecipientState.UNTOUCHED}
     assert at_fault(report) == ["absent"]
     assert "names" not in well.calls
     assert pushed(push, 1, well).is_whole
@@ -177,7 +177,7 @@ def test_a_bit_that_flips_on_the_way_to_one_generator_is_found_and_named(peers: 
     assert pushed(push, 1, well, hit).is_whole
     _flip_a_bit(hit, "first.bias", packed)
     report = pushed(push, 2, well, hit)
-    assert standings(report) == {"well": Standing.CURRENT, "hit": Standing.STALE}
+    assert states(report) == {"well": RecipientState.CURRENT, "hit": RecipientState.STALE}
     assert "damaged on the way: first.bias" in str(report)
     assert "first.weight" not in str(report)
     assert pushed(push, 2, well, hit).is_whole
@@ -189,14 +189,14 @@ def test_a_generator_of_which_one_worker_is_hit_takes_the_next_push_with_all_of_
     push = sender(tensors)
     assert pushed(push, 1, wide).is_whole
     _flip_a_bit(wide, "second.weight", packed=True)
-    assert standings(pushed(push, 2, wide)) == {"wide": Standing.STALE}
+    assert states(pushed(push, 2, wide)) == {"wide": RecipientState.STALE}
     assert pushed(push, 3, wide).is_whole
     assert wide.holds(tensors)
 
 
-def _flip_a_bit(port: PeerPort, name: str, packed: bool) -> None:
+def _flip_a_bit(target: PeerTarget, name: str, packed: bool) -> None:
     """In what arrives next for this tensor, on a group that lives until the next push."""
-    group: Any = port.threads[0].engine.model_update_group
+    group: Any = target.threads[0].engine.model_update_group
     receive, arrived = group.broadcast, []
     starts = {
         tensor: 4 * sum(torch.Size(shape).numel() for shape in list(SHAPES.values())[:index])
@@ -214,24 +214,24 @@ def _flip_a_bit(port: PeerPort, name: str, packed: bool) -> None:
 
 def test_a_tensor_that_the_model_ignores_is_named(peers: Start, sender: Start):
     report = pushed(sender(policy_tensors({"stranger": (3,)})), 1, peers("only"))
-    assert standings(report) == {"only": Standing.STALE}
+    assert states(report) == {"only": RecipientState.STALE}
     assert "doesn't take stranger" in str(report)
 
 
 def test_a_trainer_that_fails_while_it_sends_frees_the_generators_at_once(peers: Start, sender: Start):
-    tensors, port = policy_tensors(), peers("only")
+    tensors, target = policy_tensors(), peers("only")
     push = sender(tensors, packed=False, deadline_s=60.0)
-    assert pushed(push, 1, port).is_whole
+    assert pushed(push, 1, target).is_whole
     wrong = nn.Parameter(torch.zeros(9))
     push = sender([*tensors[:2], SourceTensor("second.weight", "float32", (8, 64), (wrong,), lambda: wrong)])
     with pytest.raises(ValueError, match=r"second.weight is \[9\], but was declared as \[8, 64\]"):
-        push.push(2, [port])
-    assert pushed(sender(tensors), 3, port).is_whole
+        push.push(2, [target])
+    assert pushed(sender(tensors), 3, target).is_whole
 
 
 def test_a_push_to_nobody_says_so(sender: Start):
     report = pushed(sender(policy_tensors()), 1)
-    assert report.outcomes == ()
+    assert report.results == ()
     assert report.digest == ""
 
 

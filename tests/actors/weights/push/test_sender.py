@@ -24,14 +24,13 @@ from actors.config import GeneratorConfig
 from actors.generator.vllm_engine import end_processes, engine_environment, engine_processes
 from actors.weights.manifest import ALIGNMENT, Manifest, WeightsPart, bucket_count, plan_layout
 from actors.weights.plugin import IPC_BACKEND, NCCL_BACKEND
-from actors.weights.push.recipients import PushReport, Standing
+from actors.weights.push.recipients import PushReport, RecipientState
 from actors.weights.push.sender import DeviceSender, PushSettings
-from actors.weights.source import module_tensors
-from actors.weights.tensors import SourceTensor
+from actors.weights.source import SourceTensor, module_tensors
 from rollout.encoding import PromptEncoder
 from rollout.media import MediaStore
 from rollout.prompts import MediaPart, Message, Prompt, TextPart
-from tests.actors.weights.push.push_peer import PeerPort, die
+from tests.actors.weights.push.push_peer import PeerTarget, die
 from tests.tiny_model import VOCABULARY, build_tiny_vlm
 
 CPU = torch.device("cpu")
@@ -40,7 +39,7 @@ engine_test = pytest.mark.asyncio(loop_scope="module")
 
 
 @dataclass
-class EnginePort:
+class EngineTarget:
     """A generator, as far as a push needs one: it pauses, updates and resumes a real engine."""
 
     engine: Any
@@ -83,7 +82,7 @@ class EnginePort:
 @dataclass
 class Setup:
     engine: Any
-    port: EnginePort
+    target: EngineTarget
     module: Any
     encoder: PromptEncoder
     media: MediaStore
@@ -96,7 +95,7 @@ class Setup:
         self.senders.append(DeviceSender(tensors, given, rank=0, device=CPU))
         return self.senders[-1]
 
-    async def push(self, sender: DeviceSender, *others: PeerPort) -> PushReport:
+    async def push(self, sender: DeviceSender, *others: PeerTarget) -> PushReport:
         """Every weight changed, as the next version."""
         self.version += 1
         random = torch.Generator().manual_seed(self.version)
@@ -186,8 +185,8 @@ async def setup(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup
     processes = engine_processes(engine)
     media = MediaStore(root / "media")
     module = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    port = EnginePort(engine, asyncio.get_running_loop())
-    made = Setup(engine, port, module, PromptEncoder.from_pretrained(folder, media), media)
+    target = EngineTarget(engine, asyncio.get_running_loop())
+    made = Setup(engine, target, module, PromptEncoder.from_pretrained(folder, media), media)
     yield made
     for sender in made.senders:
         sender.close()
@@ -204,7 +203,7 @@ async def test_after_a_push_log_probs_agree_with_the_trainers(setup: Setup, pack
     for _ in range(2):
         report = await setup.push(sender)
         assert report.is_whole, str(report)
-        assert report.outcomes[0].answer == str(setup.version)
+        assert report.results[0].answer == str(setup.version)
         assert await setup.agrees()
 
 
@@ -216,7 +215,7 @@ async def test_a_bit_that_flips_on_the_way_is_named_and_the_next_push_heals_it(
     sender = setup.sender(packed=False)
     assert (await setup.push(sender)).is_whole
     victim = "model.language_model.layers.1.mlp.up_proj.weight"
-    group: Any = sender._engine.model_update_group  # type: ignore[union-attr]
+    group: Any = sender._sender.model_update_group  # type: ignore[union-attr]
     names, send = iter([meta.name for meta in sender._source.metadata()]), group.broadcast
 
     def damage(tensor: torch.Tensor, src: int) -> None:
@@ -227,8 +226,8 @@ async def test_a_bit_that_flips_on_the_way_is_named_and_the_next_push_heals_it(
 
     monkeypatch.setattr(group, "broadcast", damage)
     report = await setup.push(sender)
-    assert report.outcomes[0].standing is Standing.STALE
-    assert f"damaged on the way: {victim}" in report.outcomes[0].why
+    assert report.results[0].state is RecipientState.STALE
+    assert f"damaged on the way: {victim}" in report.results[0].why
     assert (await setup.push(sender)).is_whole
     assert await setup.agrees()
 
@@ -236,15 +235,15 @@ async def test_a_bit_that_flips_on_the_way_is_named_and_the_next_push_heals_it(
 @pytest.mark.engine
 @engine_test
 async def test_when_a_peer_dies_the_engine_is_told_and_serves_again_after_the_next_push(setup: Setup):
-    sender, peer = setup.sender(packed=False), PeerPort("peer", in_process=True)
+    sender, peer = setup.sender(packed=False), PeerTarget("peer", in_process=True)
     try:
         await asyncio.to_thread(peer.when, "model.language_model.layers.0.mlp.up_proj.weight", die)
         report = await setup.push(sender, peer)
     finally:
         peer.stop()
-    ours, theirs = report.outcomes
-    assert (ours.standing, ours.is_at_fault) == (Standing.STALE, False)
-    assert (theirs.standing, theirs.is_at_fault) == (Standing.LOST, True)
+    ours, theirs = report.results
+    assert (ours.state, ours.is_at_fault) == (RecipientState.STALE, False)
+    assert (theirs.state, theirs.is_at_fault) == (RecipientState.LOST, True)
     assert (await setup.push(sender)).is_whole
     assert await setup.agrees()
 
@@ -255,8 +254,8 @@ async def test_a_tensor_that_the_model_doesnt_take_is_named(setup: Setup):
     stranger = nn.Parameter(torch.ones(3))
     odd = SourceTensor("model.stranger", "float32", (3,), (stranger,), lambda: stranger)
     report = await setup.push(setup.sender([*module_tensors(setup.module, "float32"), odd]))
-    assert report.outcomes[0].standing is Standing.STALE
-    assert "stranger" in report.outcomes[0].why
+    assert report.results[0].state is RecipientState.STALE
+    assert "stranger" in report.results[0].why
     assert (await setup.push(setup.sender())).is_whole
     assert await setup.agrees()
 
@@ -318,9 +317,9 @@ async def test_an_ipc_engine_without_a_gpu_says_so(tmp_path: Path):
     engine = make_engine(build_tiny_vlm(tmp_path / "model"), IPC_BACKEND)
     processes = engine_processes(engine)
     try:
-        port = EnginePort(engine, asyncio.get_running_loop())
-        with pytest.raises(Exception, match="shares a GPU's memory, but this engine runs on cpu"):
-            await asyncio.wrap_future(port.init_weight_transfer_engine({"packed": True}))
+        target = EngineTarget(engine, asyncio.get_running_loop())
+        with pytest.raises(Exception, match="phases a GPU's memory, but this engine runs on cpu"):
+            await asyncio.wrap_future(target.init_weight_transfer_engine({"packed": True}))
     finally:
         engine.output_handler and engine.output_handler.cancel()
         await asyncio.to_thread(engine.shutdown, timeout=5)

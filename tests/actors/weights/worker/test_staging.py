@@ -14,7 +14,7 @@ import pytest_asyncio
 import torch
 
 from actors.config import DeadlineConfig
-from actors.weights.source import WeightSource, module_tensors
+from actors.weights.source import PolicyPartSource, module_tensors
 from rollout.failures import FailureError
 from rollout.samples import Generation
 from tests.actors.generator.test_generator import Setup, assert_agreement, engine_test, start
@@ -87,13 +87,13 @@ async def test_a_version_that_does_not_fit_leaves_the_old_one_being_served_whole
     await setup.generator.load_weights(setup.policy.perturb())
     old, module = setup.policy.version, setup.policy.module
     module.register_parameter("stranger", torch.nn.Parameter(torch.ones(3)))
-    odd = WeightSource(module_tensors(module, "float32"), gather_bytes=300_000)
+    odd = PolicyPartSource(module_tensors(module, "float32"), gather_bytes=300_000)
     with pytest.raises(FailureError) as caught:
         await setup.generator.load_weights(setup.policy.publisher.publish(old + 1, odd))
     del module.stranger
     assert caught.value.failure.reason == "weights_not_staged"
     assert "stranger" in caught.value.failure.message
-    assert await setup.generator.policy_version() == old
+    assert setup.generator._weights.version == old
     await assert_agreement(setup)
     setup.policy.version += 1
     await setup.generator.load_weights(setup.policy.perturb())
@@ -113,7 +113,7 @@ async def test_a_version_that_is_not_ready_in_time_is_given_up_and_the_next_one_
         with pytest.raises(FailureError) as caught:
             await setup.generator.load_weights(offer)
     assert caught.value.failure.reason == "weights_not_staged"
-    assert await setup.generator.policy_version() == old
+    assert setup.generator._weights.version == old
     setup.policy.module.load_state_dict(weights_before)
     await assert_agreement(setup)
     (tmp_path / "go on").touch()
@@ -135,12 +135,12 @@ async def test_nothing_of_a_version_is_kept_once_the_next_one_is_in(setup: Setup
 
 
 def test_a_model_that_keeps_weights_elsewhere_is_named_and_not_staged():
-    from actors.weights.worker.staging import why_not_staged
+    from actors.weights.worker.staging import staging_obstacle
 
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    assert why_not_staged(model) is None
+    assert staging_obstacle(model) is None
     model[1].quant_method = object()
-    assert why_not_staged(model) == "1 (Linear) computes by object"
+    assert staging_obstacle(model) == "1 (Linear) computes by object"
 
 
 def _hold_back(worker: Any, path: str) -> None:

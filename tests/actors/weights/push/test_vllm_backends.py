@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from actors.weights.push.device_digest import VersionPrint, fingerprint
+from actors.weights.push.device_digest import VersionDigests, device_digest
 from actors.weights.push.device_tensors import PushSource
-from actors.weights.push.vllm_backends import CheckedNcclEngine, NotLoadedError
-from actors.weights.tensors import SourceTensor
+from actors.weights.push.vllm_backends import CheckedNcclBackend, NotLoadedError
+from actors.weights.source import SourceTensor
 from tests.actors.weights.push.push_peer import ToyModel, policy_tensors
 
 CPU = torch.device("cpu")
@@ -47,8 +47,8 @@ def test_a_pass_yields_what_was_declared_and_its_print():
     assert [(name, t.dtype, tuple(t.shape)) for name, t in yielded] == [
         (meta.name, meta.dtype, meta.shape) for meta in source.metadata()
     ]
-    rows = tuple((t.name, t.dtype, t.shape, fingerprint(t.read())) for t in tensors)
-    assert source.print_of(5) == VersionPrint(5, rows)
+    rows = tuple((t.name, t.dtype, t.shape, device_digest(t.read())) for t in tensors)
+    assert source.digests_of(5) == VersionDigests(5, rows)
 
 
 def test_a_pass_that_is_drained_reads_nothing_more_and_has_no_print():
@@ -58,11 +58,11 @@ def test_a_pass_that_is_drained_reads_nothing_more_and_has_no_print():
     one_pass.drain()
     assert list(one_pass) == []
     with pytest.raises(RuntimeError, match="1 of 4 tensors"):
-        source.print_of(5)
+        source.digests_of(5)
 
 
 def test_a_rank_that_doesnt_send_reads_nothing():
-    assert list(source_of(policy_tensors(), is_read=False, is_fingerprinted=False)) == []
+    assert list(source_of(policy_tensors(), is_read=False, takes_digests=False)) == []
 
 
 def test_nothing_to_send_is_an_error():
@@ -71,31 +71,31 @@ def test_nothing_to_send_is_an_error():
 
 
 @pytest.fixture
-def engine() -> CheckedNcclEngine:
+def engine() -> CheckedNcclBackend:
     """In a session, with two tensors received."""
     parallel = SimpleNamespace(pipeline_parallel_size=1, enable_expert_parallel=False)
     config: Any = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(dtype=torch.float32))
-    made = CheckedNcclEngine(config, config, CPU, ToyModel())
+    made = CheckedNcclBackend(config, config, CPU, ToyModel())
     made.start_weight_update()
-    made._intake.load_weights([("a", torch.ones(2)), ("b", torch.zeros(3, dtype=torch.bfloat16))])
+    made._digesting.load_weights([("a", torch.ones(2)), ("b", torch.zeros(3, dtype=torch.bfloat16))])
     return made
 
 
 def rows(**changes: Any) -> tuple[tuple[str, str, tuple[int, ...], int], ...]:
     """What was sent: the two tensors, changed."""
     sent = {
-        "a": ("float32", (2,), fingerprint(torch.ones(2))),
-        "b": ("bfloat16", (3,), fingerprint(torch.zeros(3, dtype=torch.bfloat16))),
+        "a": ("float32", (2,), device_digest(torch.ones(2))),
+        "b": ("bfloat16", (3,), device_digest(torch.zeros(3, dtype=torch.bfloat16))),
     } | changes
     return tuple((name, *rest) for name, rest in sent.items() if rest is not None)
 
 
-def verify(engine: CheckedNcclEngine, sent: VersionPrint, digest: str | None = None) -> None:
+def verify(engine: CheckedNcclBackend, sent: VersionDigests, digest: str | None = None) -> None:
     engine.update_weights({"verify": sent.pack(), "digest": digest or sent.digest})
 
 
-def test_what_agrees_with_the_trainer_may_be_finished(engine: CheckedNcclEngine):
-    verify(engine, VersionPrint(5, rows()))
+def test_what_agrees_with_the_trainer_may_be_finished(engine: CheckedNcclBackend):
+    verify(engine, VersionDigests(5, rows()))
     engine.finish_weight_update()
 
 
@@ -105,31 +105,31 @@ def test_what_agrees_with_the_trainer_may_be_finished(engine: CheckedNcclEngine)
         ({"c": ("float32", (2,), 1)}, "came without c"),
         ({"a": None}, "came with a, which wasn't sent"),
         ({"a": ("float32", (2,), 1)}, "damaged on the way: a"),
-        ({"b": ("bfloat16", (1, 3), fingerprint(torch.zeros(3, dtype=torch.bfloat16)))}, "damaged on the way: b"),
-        ({"b": ("float16", (3,), fingerprint(torch.zeros(3, dtype=torch.bfloat16)))}, "damaged on the way: b"),
+        ({"b": ("bfloat16", (1, 3), device_digest(torch.zeros(3, dtype=torch.bfloat16)))}, "damaged on the way: b"),
+        ({"b": ("float16", (3,), device_digest(torch.zeros(3, dtype=torch.bfloat16)))}, "damaged on the way: b"),
     ],
 )
-def test_what_disagrees_is_named_and_cant_be_finished(engine: CheckedNcclEngine, changes: dict[str, Any], said: str):
+def test_what_disagrees_is_named_and_cant_be_finished(engine: CheckedNcclBackend, changes: dict[str, Any], said: str):
     with pytest.raises(NotLoadedError, match=rf"\[stale\].*policy version 5.*{said}"):
-        verify(engine, VersionPrint(5, rows(**changes)))
+        verify(engine, VersionDigests(5, rows(**changes)))
     with pytest.raises(NotLoadedError, match="never compared"):
         engine.finish_weight_update()
 
 
-def test_a_digest_of_another_version_is_refused(engine: CheckedNcclEngine):
+def test_a_digest_of_another_version_is_refused(engine: CheckedNcclBackend):
     with pytest.raises(NotLoadedError, match="not the announced"):
-        verify(engine, VersionPrint(5, rows()), VersionPrint(6, rows()).digest)
+        verify(engine, VersionDigests(5, rows()), VersionDigests(6, rows()).digest)
 
 
-def test_a_verified_session_doesnt_vouch_for_the_next(engine: CheckedNcclEngine):
-    verify(engine, VersionPrint(5, rows()))
+def test_a_verified_session_doesnt_vouch_for_the_next(engine: CheckedNcclBackend):
+    verify(engine, VersionDigests(5, rows()))
     engine.finish_weight_update()
     engine.start_weight_update()
     with pytest.raises(NotLoadedError, match="never compared"):
         engine.finish_weight_update()
 
 
-def test_a_worker_in_no_group_says_which_call_comes_first(engine: CheckedNcclEngine):
+def test_a_worker_in_no_group_says_which_call_comes_first(engine: CheckedNcclBackend):
     engine.start_weight_update()
     with pytest.raises(NotLoadedError, match=r"\[untouched\].*init_weight_transfer_engine comes first"):
         engine.update_weights({"names": ["a"], "dtype_names": ["float32"], "shapes": [[2]]})

@@ -1,6 +1,6 @@
-"""The weights of one generator's engine: receives policy versions, loads them while requests run, proves them.
+"""The weights of one generator's vLLM engine: receives policy versions, loads them while requests run, verifies them.
 
-What the engine samples with them is the generator's business (generator.py); how bytes arrive, actors/weights/'s.
+Sampling is in generator.py, the transfer of bytes in actors/weights/.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.config import WeightsConfig
+from actors.generator.spec import GeneratorSpec
 from actors.weights.canary import Canaries, CanaryReport, compare_canaries
 from actors.weights.manifest import WeightsPart
 from actors.weights.offer import WeightsOffer, WeightsReceipt
@@ -28,29 +29,28 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine import PauseMode
 
-    from actors.generator.generator import GeneratorSpec
     from actors.weights.canary import CanarySequence
     from actors.weights.pull.receiver import ReceivedPart, ReceivedWeights, WeightReceiver
 
 logger = logging.getLogger(__name__)
 
 STAGED_POLL_S = 0.01
-RECEIVE_SHARE = 0.8  # of the deadline of an update; the rest is for loading
+RECEIVE_FRACTION = 0.8  # of an update's deadline; the rest is for loading
 ADAPTER = "policy"
-WEIGHTS, CACHE = "weights", "kv_cache"  # vLLM's names of what sleeps
+WEIGHTS, CACHE = "weights", "kv_cache"  # vLLM's tags of memory that sleeps
 LogProbs = Callable[["CanarySequence", str], Awaitable["NDArray[np.float32]"]]
 
 
-class EngineWeights:
-    """What a generator knows and does about its weights.
+class VllmWeights:
+    """The policy versions of one vLLM engine.
 
     Attributes:
-        config: how versions are received, loaded and proven.
-        version: the version that is loaded.
-        verified: the last version that was proven to be the trainer's.
-        stale: why it may not serve; None while it may.
-        is_asleep: whether it has given its memory to the trainer.
-        adapter: what every request must name, where the policy is an adapter.
+        config: how versions are received, loaded and verified.
+        version: the loaded version.
+        verified: the last version whose canaries agreed with the trainer.
+        stale: why the generator refuses requests; None while it serves.
+        is_asleep: whether the GPU's memory is given to the trainer.
+        adapter: the adapter that every request names, where the policy is one; else None.
     """
 
     def __init__(self, spec: GeneratorSpec) -> None:
@@ -68,7 +68,7 @@ class EngineWeights:
         self._can_stage = True
 
     async def start(self, engine: Any) -> None:
-        """Take charge of a started engine's weights."""
+        """Attach to a started vLLM engine."""
         self._engine = engine
         self._receiver = self._make_receiver()
         await engine.update_weight_version(str(self.version))
@@ -87,25 +87,27 @@ class EngineWeights:
     async def load(self, offer: WeightsOffer, *, anew: bool = False) -> WeightsReceipt:
         """See :meth:`actors.generator.generator.Generator.load_weights`."""
         async with self._updating:
-            with self._death_named():
+            with self._engine_death_named():
                 return await self._update(offer, anew=anew)
 
     async def verify(self, canaries: Canaries, log_probs: LogProbs) -> CanaryReport:
         """See :meth:`actors.generator.generator.Generator.verify`.
 
         Args:
-            log_probs: the engine's own of a sequence, asked under a request id.
+            log_probs: computes the engine's log-probabilities of a sequence, under a request id.
         """
-        with self._death_named():
+        with self._engine_death_named():
             return await self._verify(canaries, log_probs)
 
     async def sleep(self, level: int) -> None:
-        """Give the GPU's memory to the trainer: cache, and weights kept in host memory (1) or thrown away (2).
+        """Give the GPU's memory to the trainer until the next version: the KV cache, and the weights.
 
-        Requests in flight are finished first. It wakes with the next version.
+        Requests in flight finish first.
 
+        Args:
+            level: 1 keeps the weights in host memory, 2 discards them.
         Raises:
-            FailureError: `generator_restless`, where requests didn't end in time.
+            FailureError: `generator_restless`: requests were still running at the deadline.
         """
         async with self._updating:
             if self.is_asleep:
@@ -115,23 +117,23 @@ class EngineWeights:
                 async with asyncio.timeout(deadline_s):
                     await self._engine.sleep(level=level, mode="wait")
             except TimeoutError:
-                why = f"its requests weren't finished within {deadline_s:g} s, so it couldn't be put to sleep"
+                why = f"requests still ran after deadlines.generate_s = {deadline_s:g} s, so it stays awake"
                 raise FailureError(self.failure("generator_restless", why)) from None
             self.is_asleep = True
             if level > 1 and self._receiver is not None:
                 await asyncio.to_thread(self._receiver.forget_loaded)
 
-    async def once_awake(self, deadline_s: float) -> Failure | None:
-        """Wait until requests may run; a failure where that takes too long."""
+    async def wait_until_awake(self, deadline_s: float) -> Failure | None:
+        """Wait until the engine is awake. Returns a failure at the deadline."""
         if not self.is_asleep:
             return None
-        return await self._wait(lambda: not self.is_asleep, deadline_s, "generator_asleep", "it was asleep")
+        return await self._wait(lambda: not self.is_asleep, deadline_s, "generator_asleep", "it did not wake up")
 
-    async def once_proven(self, version: int) -> Failure | None:
-        """Wait until what a version has sampled may be handed out; a failure where it may not."""
+    async def wait_until_verified(self, version: int) -> Failure | None:
+        """Wait until a version is verified. Returns a failure at the deadline, or where the generator is stale."""
         if self.verified >= version:
             return None
-        why = f"version {version} wasn't proven"
+        why = f"version {version} was not verified"
         failure = await self._wait(
             lambda: self.verified >= version or self.stale is not None,
             self.spec.deadlines.sync_s,
@@ -141,17 +143,18 @@ class EngineWeights:
         return failure or self.stale
 
     async def pause(self, mode: PauseMode) -> None:
-        """Stop sampling. Raises FailureError (`engine_dead`) where there is no engine to stop."""
+        """Pause sampling. Raises FailureError (`engine_dead`) where the engine has died."""
         # AsyncLLM.pause_generation does the same and then sleeps for 20 ms, a third of a small model's update
         pause = self._engine.engine_core.pause_scheduler_async
-        with self._death_named():
+        with self._engine_death_named():
             await pause(mode=mode, clear_cache=False)
 
     async def pause_for(self, version: int) -> None:
-        """Stop sampling as the recipe says, to load a version; at once where it is asleep.
+        """Pause sampling to load a version, in the way of `weights.in_flight`. Does nothing where the engine sleeps.
 
         Raises:
-            FailureError: `weights_not_paused`: requests that must end first didn't in time. Sampling goes on.
+            FailureError: `weights_not_paused`: requests that must end first were still running at the deadline.
+                Sampling continues.
         """
         if self.is_asleep:
             return
@@ -161,23 +164,23 @@ class EngineWeights:
                 await self.pause(self.config.in_flight)
         except TimeoutError:
             await self._engine.resume_generation()
-            why = f"its requests weren't finished within {deadline_s:g} s, so version {version} couldn't be loaded"
+            why = f"requests still ran after deadlines.sync_s = {deadline_s:g} s, so version {version} was not loaded"
             raise FailureError(self.failure("weights_not_paused", why)) from None
 
-    async def hold(self) -> None:
-        """Keep other updates away until :meth:`release`; wakes the weights' memory."""
+    async def begin_update(self) -> None:
+        """Exclude other updates until :meth:`end_update`, and wake the weights' memory."""
         async with asyncio.timeout(self.spec.deadlines.sync_s):
             await self._updating.acquire()
         if self.is_asleep:
             await self._engine.wake_up([WEIGHTS])
 
-    def release(self) -> None:
-        """Let other updates come."""
+    def end_update(self) -> None:
+        """Allow other updates."""
         if self._updating.locked():
             self._updating.release()
 
     async def set_loaded(self, version: int) -> None:
-        """The engine has a version; what it samples is handed out once that is proven."""
+        """Record that the engine has loaded a version. Its samples are released once it is verified."""
         async with self._changed:
             self.version, self.stale, self.is_asleep = version, None, False
             is_proven = self.config.canaries == 0
@@ -185,10 +188,10 @@ class EngineWeights:
             self._changed.notify_all()
 
     async def set_broken(self, error: BaseException) -> FailureError:
-        """The engine may hold parts of two versions: it serves nothing, and what runs is aborted."""
+        """Make the generator stale and abort its requests: the engine may hold parts of two versions."""
         why = (
-            f"a policy version wasn't loaded whole: {error!r}. The engine may hold parts of two versions, so it serves "
-            "nothing until a version is loaded."
+            f"loading a policy version failed part-way: {error!r}. The engine may hold parts of two versions, so this "
+            "generator refuses requests until it has loaded a version."
         )
         failure = self.failure("weights_not_loaded", why)
         await self._set_stale(failure)
@@ -196,19 +199,20 @@ class EngineWeights:
         return FailureError(failure)
 
     async def close(self, deadline_s: float) -> None:
-        """Give up what was received."""
+        """Release the received versions and stop serving them."""
         if self._receiver is not None:
-            with contextlib.suppress(TimeoutError):  # in the middle of receiving: gone with the process
+            with contextlib.suppress(TimeoutError):  # a transfer in progress ends with the process
                 await asyncio.wait_for(asyncio.to_thread(self._receiver.close), deadline_s)
         if self._adapter_folder is not None:
             self._adapter_folder.cleanup()
 
     def failure(self, reason: str, why: str) -> Failure:
-        """A failure of this generator."""
+        """An infrastructure failure of this generator."""
         return Failure(FailureKind.INFRASTRUCTURE, reason, f"{self.spec.name}: {why}")
 
     def _make_receiver(self) -> WeightReceiver:
-        from actors.weights.pull.receiver import ReceiverSettings, WeightReceiver
+        from actors.weights.pull.pull import ReceiverSettings
+        from actors.weights.pull.receiver import WeightReceiver
         from actors.weights.pull.server import LOOPBACK
 
         settings = ReceiverSettings(
@@ -223,7 +227,7 @@ class EngineWeights:
     async def _verify(self, canaries: Canaries, log_probs: LogProbs) -> CanaryReport:
         started = time.monotonic()
         if canaries.version != self.version:
-            why = f"has version {self.version}, and the canaries are of version {canaries.version}"
+            why = f"holds version {self.version}, but the canaries are of version {canaries.version}"
             raise FailureError(self.failure("canary_version", why))
         requests = [
             log_probs(sequence, f"canary-{canaries.version}-{index}-{time.monotonic_ns()}")
@@ -233,7 +237,7 @@ class EngineWeights:
         if report.agrees:
             await self._set_verified(canaries.version)
         else:
-            why = f"policy version {canaries.version} computes other log-probabilities than the trainer: {report.words}"
+            why = f"policy version {canaries.version} gives other log-probabilities than in the trainer: {report.words}"
             await self._set_stale(self.failure("weights_disagree", why))
             await self.pause("abort")
             await self._engine.resume_generation()
@@ -241,7 +245,7 @@ class EngineWeights:
 
     async def _update(self, offer: WeightsOffer, *, anew: bool) -> WeightsReceipt:
         started = time.monotonic()
-        deadline_s = RECEIVE_SHARE * self.spec.deadlines.sync_s
+        deadline_s = RECEIVE_FRACTION * self.spec.deadlines.sync_s
         received = await self._receive(offer, deadline_s, anew=anew)
         transferred = time.monotonic()
         await self._prepare(received, offer.version, started + self.spec.deadlines.sync_s)
@@ -282,11 +286,11 @@ class EngineWeights:
         try:
             return await asyncio.to_thread(self._receiver.receive, offer, deadline_s, anew=anew)
         except asyncio.CancelledError:
-            self._receiver.interrupt()  # else the thread would go on, and the next version wait for it
+            self._receiver.interrupt()  # ends the thread
             raise
 
     async def _prepare(self, received: ReceivedWeights, version: int, until: float) -> None:
-        """All that can be done before generation has to stop."""
+        """Do everything that needs no pause: wake, map or stage the weights, write the adapter."""
         plain = _plain(received)
         if self.is_asleep:
             await self._engine.wake_up([WEIGHTS])
@@ -300,10 +304,10 @@ class EngineWeights:
                 await asyncio.to_thread(self._write_adapter, part)
 
     async def _stage(self, parts: list[ReceivedPart], version: int, until: float) -> bool:
-        """Have the workers make a version ready beside generation; False where their model can't be loaded like that.
+        """Have the workers stage a version while generation runs. Returns False where the model cannot be staged.
 
         Raises:
-            FailureError: `weights_not_staged`; the old version goes on being served, whole.
+            FailureError: `weights_not_staged`; the generator still serves its former version, whole.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -312,19 +316,21 @@ class EngineWeights:
                 obstacles = await self._engine.collective_rpc("stage_weights", args=(_update_info(parts),))
                 obstacle = next((each for each in obstacles if each is not None), None)
                 if obstacle is not None:
-                    logger.info("%s: weights are loaded while generation stands still: %s", self.spec.name, obstacle)
-                    self._can_stage = False  # with this model, ever
+                    logger.info(
+                        "%s: weights are loaded in place while generation is paused: %s", self.spec.name, obstacle
+                    )
+                    self._can_stage = False  # for this model, permanently
                     return False
                 while not all(await self._engine.collective_rpc("is_staged")):
                     await asyncio.sleep(STAGED_POLL_S)
         except TimeoutError:
-            why = f"version {version} wasn't ready in its engine within {self.spec.deadlines.sync_s:g} s"
+            why = f"staging version {version} took longer than deadlines.sync_s = {self.spec.deadlines.sync_s:g} s"
         except EngineDeadError:
             raise
         except Exception as error:
             why = (
-                f"its engine couldn't make version {version} ready: {error!r}. If the same version loads with "
-                "weights.stage_from_mib: null, it is the staging that doesn't fit this model"
+                f"staging version {version} failed: {error!r}. If the same version loads with "
+                "weights.stage_from_mib: null, this model cannot be staged: keep that setting"
             )
         else:
             return True
@@ -344,7 +350,7 @@ class EngineWeights:
         await self.invalidate(has_frozen=len(received.parts) > 1)
 
     async def invalidate(self, *, has_frozen: bool) -> None:
-        """Forget what was computed with other weights; where it was asleep, wake the cache's memory."""
+        """Reset the caches that other weights have filled; a sleeping engine's KV cache is woken first."""
         if self.is_asleep:
             await self._engine.wake_up([CACHE])
         model, freeze = self.spec.model, self.spec.model.freeze
@@ -353,23 +359,25 @@ class EngineWeights:
         await self._engine.reset_prefix_cache(reset_running_requests=self.config.recompute_cache)
 
     def _write_adapter(self, part: ReceivedPart) -> None:
-        """The adapter as a folder, which is what vLLM loads."""
+        """Write the adapter as a folder, the form that vLLM loads."""
         from actors.model.lora import write_adapter_folder
         from actors.weights.source import tensors_in
 
         assert self._adapter_folder is not None
-        tensors = tensors_in(part.manifest, bytearray(part.holding.memory.view))  # small, and torch wants to write
+        tensors = tensors_in(
+            part.manifest, bytearray(part.held.memory.view)
+        )  # a small copy: torch wants a writable buffer
         write_adapter_folder(Path(self._adapter_folder.name), json.loads(part.manifest.attributes), tensors)
 
     async def _load_adapter(self) -> None:
         from vllm.lora.request import LoRARequest
 
         assert self.adapter is not None
-        # in place: running requests go on with the new one. A request must not ask for that itself
+        # load_inplace: running requests continue with the new adapter. Requests must not set it
         await self._engine.add_lora(LoRARequest(ADAPTER, 1, self.adapter.lora_path, load_inplace=True))
 
     async def _held_digests(self) -> dict[str, str]:
-        """Of what every worker's model computes with, by tensor."""
+        """Digest of each tensor that the workers' models compute with."""
         workers = await self._engine.collective_rpc("held_digests")
         return {
             f"{name} (worker {index})" if index else name: digest
@@ -386,14 +394,14 @@ class EngineWeights:
         return None
 
     @contextlib.contextmanager
-    def _death_named(self) -> Iterator[None]:
-        """Whatever fails because the engine is dead fails for that reason."""
+    def _engine_death_named(self) -> Iterator[None]:
+        """Turn vLLM's error about a dead engine into the failure `engine_dead`."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
             yield
         except EngineDeadError as error:
-            raise FailureError(self.failure("engine_dead", "its engine is dead")) from error
+            raise FailureError(self.failure("engine_dead", "its vLLM engine has died")) from error
 
     async def _set_verified(self, version: int) -> None:
         async with self._changed:
@@ -408,7 +416,7 @@ class EngineWeights:
 
 
 def _plain(received: ReceivedWeights) -> list[ReceivedPart]:
-    """What the engine's workers load; adapters go another way."""
+    """The parts that the engine's workers load: all but an adapter, which vLLM loads from a folder."""
     return [part for part in received.parts if part.manifest.part is not WeightsPart.ADAPTER]
 
 

@@ -1,6 +1,7 @@
-"""A generator's part in a push: the trainer sends a version into its engine (nccl, ipc) while generation stands still.
+"""The generator's side of a push: the trainer sends a version into the paused vLLM engine (nccl, ipc).
 
-The trainer calls the methods in their order; whatever fails leaves the generator on its old version, whole, or stale.
+The trainer calls the methods in the order in which they stand here. After a failure the generator serves its former
+version where the engine still holds it whole, and is stale otherwise.
 """
 
 from __future__ import annotations
@@ -9,55 +10,57 @@ import asyncio
 import time
 from typing import Any
 
-from actors.generator.engine_weights import EngineWeights
+from actors.generator.vllm_weights import VllmWeights
 from actors.weights.offer import WeightsReceipt
 from rollout.failures import FailureError
 
 ROUTE = "push"
 
 
-class EnginePush:
-    """One push at a time into one engine."""
+class VllmPush:
+    """Receives one push at a time into one vLLM engine."""
 
-    def __init__(self, weights: EngineWeights, engine: Any) -> None:
+    def __init__(self, weights: VllmWeights, engine: Any) -> None:
         self._weights = weights
         self._engine = engine
         self._began = 0.0
         self._watch: asyncio.Task[None] | None = None
 
     async def connect(self, init_info: dict[str, Any]) -> None:
-        """Join the trainer's group. Generation may go on."""
+        """Join the trainer's transfer group. Generation continues meanwhile."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def begin(self, version: int) -> None:
-        """Stop generation and open the session; from now on a deadline runs.
+        """Pause generation, open the session and start its deadline.
 
         Raises:
-            FailureError: requests that must end first didn't.
+            FailureError: `weights_not_paused`: requests that must end first were still running at the deadline.
         """
-        await self._weights.hold()
+        await self._weights.begin_update()
         try:
             self._began = time.monotonic()
             await self._weights.pause_for(version)
             await self._engine.start_weight_update()
         except BaseException:
             await self._engine.resume_generation()
-            self._weights.release()
+            self._weights.end_update()
             raise
         self._watch = asyncio.create_task(self._until_deadline(version))
 
     async def update(self, update_info: dict[str, Any]) -> None:
-        """Receive, or hold what was received against what was sent.
+        """Receive tensors, or compare the received ones with the trainer's digests.
 
         Raises:
-            Exception: the engine's own. Where its words say that nothing was touched, the old version is served on.
+            Exception: the engine's own. Where its text says that the model is untouched, the former version is served.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         if self._watch is None:
-            raise FailureError(self._weights.failure("push_over", "this push has ended already"))
+            raise FailureError(
+                self._weights.failure("push_over", "this push has already ended, by failure or by its deadline")
+            )
         try:
             await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
         except BaseException as error:
@@ -65,9 +68,11 @@ class EnginePush:
             raise
 
     async def finish(self, version: int, digest: str) -> WeightsReceipt:
-        """Serve the version. Raises what :meth:`update` does."""
+        """Serve the version. Raises the exceptions of :meth:`update`."""
         if self._watch is None:
-            raise FailureError(self._weights.failure("push_over", "this push has ended already"))
+            raise FailureError(
+                self._weights.failure("push_over", "this push has already ended, by failure or by its deadline")
+            )
         try:
             await self._engine.finish_weight_update(str(version))
             await self._weights.invalidate(has_frozen=False)
@@ -77,12 +82,12 @@ class EnginePush:
         self._stop_watching()
         await self._engine.resume_generation()
         await self._weights.set_loaded(version)
-        self._weights.release()
+        self._weights.end_update()
         seconds = time.monotonic() - self._began
         return WeightsReceipt(version, digest, seconds, seconds, seconds, route=ROUTE)
 
     async def _fail(self, error: BaseException) -> None:
-        """Go on with the old version where it is whole; else serve nothing."""
+        """Serve the former version where the engine still holds it whole; otherwise become stale."""
         from actors.weights.push.group import UNTOUCHED
 
         self._stop_watching()
@@ -90,14 +95,14 @@ class EnginePush:
         if not (tensor_parallel == 1 and UNTOUCHED in str(error)):
             await self._weights.set_broken(error)
         await self._engine.resume_generation()
-        self._weights.release()
+        self._weights.end_update()
 
     async def _until_deadline(self, version: int) -> None:
-        """A trainer that was lost in the middle must not keep generation standing still."""
+        """Abandon the session at its deadline, so that generation resumes when the trainer is lost."""
         deadline_s = self._weights.spec.deadlines.sync_s
         await asyncio.sleep(deadline_s)
         self._watch = None
-        why = f"the push of version {version} didn't end within {deadline_s:g} s"
+        why = f"the push of version {version} took longer than deadlines.sync_s = {deadline_s:g} s"
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         try:
