@@ -116,7 +116,7 @@ class WeightPublisher:
     def publish(self, version: int, trained: PolicyPartSource, frozen: PolicyPartSource | None = None) -> WeightsOffer:
         """Read a version and serve it from now on. Returns the offer for generators.
 
-        Collective: the other ranks call :meth:`PolicyPartSource.read` of the same sources, in the same order, meanwhile.
+        Collective: the other ranks call :meth:`PolicyPartSource.read` of the same sources in the same order.
 
         Args:
             version: number of the policy version.

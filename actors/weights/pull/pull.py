@@ -369,7 +369,7 @@ class Pull:
         return min(self._until, time.monotonic() + self._patience_s)
 
     def _timed_out(self, connection: Connection, name: str) -> None:
-        """Handle a timeout: replace a relay, or reconnect to the publisher with a longer one. Raises at the deadline."""
+        """Handle a timeout: replace a relay, or reconnect to the publisher with a longer one; raise at the deadline."""
         if time.monotonic() >= self._until:
             who = f"generator {name}" if name != ROOT else "the publisher"
             raise self.failure("weights_timeout", f"{who} did not deliver it within {self._deadline_s:g} s")

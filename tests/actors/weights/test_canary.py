@@ -31,7 +31,7 @@ def test_the_gap_is_the_mean_distance_of_the_worst_sequences_tokens():
     )
     assert (report.version, report.worst, report.mean_gap, report.max_gap, report.seconds) == (3, 1, 0.5, 0.75, 2.0)
     assert not report.agrees
-    assert report.words == "canary 1 is off by 0.5 nats a token (at most 0.75), and 0.1 is allowed"
+    assert report.words == "canary 1 differs by 0.5 nats a token (largest: 0.75; tolerance: 0.1)"
 
 
 def test_sequences_are_judged_one_by_one_so_that_a_good_one_doesnt_hide_a_bad_one():

@@ -211,7 +211,7 @@ def test_a_silent_publisher_ends_in_a_failure_that_says_how_long_it_was_waited_f
     with linked(new_publisher().publish(1, SOURCE)) as (offer, link):
         link.cut()
         with pytest.raises(
-            FailureError, match=r"policy version 1 from tcp://.*the publisher didn't deliver within 1 s"
+            FailureError, match=r"policy version 1 from tcp://.*the publisher did not deliver it within 1 s"
         ):
             receiver.receive(offer, 1.0)
 

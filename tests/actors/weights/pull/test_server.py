@@ -90,7 +90,7 @@ def test_the_publisher_names_sources_and_a_relay_doesnt(publisher, client, conte
 
 
 def test_the_publisher_says_at_once_that_a_version_is_gone(publisher, client):
-    with pytest.raises(NotServedError, match="isn't served here any more"):
+    with pytest.raises(NotServedError, match="no longer served here"):
         asked(client, "manifest", "unknown")
 
 

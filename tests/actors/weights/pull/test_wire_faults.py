@@ -114,7 +114,7 @@ def test_a_neighbour_whose_memory_is_damaged_is_not_believed(parties: Template):
     checked(leader.receive(offer), 1)
     leader.ask("damage").result()
     assert checked(neighbour.receive(offer), 1)["route"] == "network"
-    assert any("doesn't hold version 1" in line for line in neighbour.logs)
+    assert any("does not hold version 1" in line for line in neighbour.logs)
 
 
 def test_a_client_with_another_key_is_refused_logged_once_and_disturbs_nobody(parties: Template):
@@ -206,7 +206,7 @@ def test_where_memory_is_short_a_version_goes_to_disk_and_neighbours_map_it_ther
     offer = publisher.publish(1)
     assert checked(leader.receive(offer), 1)["on_disk"]
     assert checked(neighbour.receive(offer), 1)["route"] == "memory"
-    assert any("weights lie in" in line for line in leader.logs)
+    assert any("weights are put in" in line for line in leader.logs)
     checked(leader.receive(publisher.publish(2)), 2)
 
 

@@ -150,7 +150,6 @@ def test_the_delta_makes_the_new_version_of_the_old_one(pair, precision, bucket_
         assert bytes(content) == bytes(target.view[start:end])
     if delta is not None:
         assert delta.base == base.manifest.digest
-        assert delta.nbytes == sum(len(packed) for packed in delta.buckets.values())
 
 
 @pytest.mark.usefixtures("pieces")
@@ -203,7 +202,7 @@ def test_no_memory_of_the_size_of_a_bucket_is_taken(is_in_place):
         tracemalloc.stop()
     assert delta is not None
     assert sorted(delta.buckets) == [0, 1]
-    assert peak - delta.nbytes < 2 * MIB
+    assert peak - sum(map(len, delta.buckets.values())) < 2 * MIB
 
 
 def test_another_layout_bucket_size_or_part_has_no_delta():

@@ -227,7 +227,7 @@ async def test_a_bit_that_flips_on_the_way_is_named_and_the_next_push_heals_it(
     monkeypatch.setattr(group, "broadcast", damage)
     report = await setup.push(sender)
     assert report.results[0].state is RecipientState.STALE
-    assert f"damaged on the way: {victim}" in report.results[0].why
+    assert f"damaged in transfer: {victim}" in report.results[0].why
     assert (await setup.push(sender)).is_whole
     assert await setup.agrees()
 
@@ -303,7 +303,7 @@ def written(tensors: Iterable[SourceTensor], path: Path) -> Manifest:
 async def test_weights_that_were_never_compared_are_not_served(setup: Setup):
     """The session of a caller that forgets to verify, up to the call that refuses it."""
     await setup.engine.start_weight_update()
-    with pytest.raises(Exception, match=r"\[stale\].*never compared"):
+    with pytest.raises(Exception, match=r"\[stale\].*not compared"):
         await setup.engine.finish_weight_update("78")
     with pytest.raises(Exception, match="abandoned: forgotten"):
         await asyncio.wrap_future(setup.port.update_weights({"abandon": "forgotten"}))
@@ -318,7 +318,7 @@ async def test_an_ipc_engine_without_a_gpu_says_so(tmp_path: Path):
     processes = engine_processes(engine)
     try:
         target = EngineTarget(engine, asyncio.get_running_loop())
-        with pytest.raises(Exception, match="phases a GPU's memory, but this engine runs on cpu"):
+        with pytest.raises(Exception, match="shares a GPU's memory, but this vLLM engine runs on cpu"):
             await asyncio.wrap_future(target.init_weight_transfer_engine({"packed": True}))
     finally:
         engine.output_handler and engine.output_handler.cancel()
