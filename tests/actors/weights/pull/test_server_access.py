@@ -93,7 +93,7 @@ def test_a_request_that_is_no_request_by_its_size_ends_its_connection_and_no_oth
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "::", "node7.cluster", "1270.0.0.1"])
 def test_without_encryption_weights_dont_leave_the_host(host):
     assert not is_loopback(host)
-    with pytest.raises(
+    with pytest.raises(NotLoopbackError, match=r"encryption = false is for loopback only, and .* is another address"):
         NotLoopbackError, match=r"weights.encryption = false is for loopback only, and .* is another address"
     ):
         WeightServer(host=host, keys=None)

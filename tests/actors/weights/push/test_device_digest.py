@@ -1,4 +1,4 @@
-"""Fingerprints tell tensors apart bit by bit, whatever their layout in memory; digests tell versions apart."""
+"""Device digests tell tensors apart bit by bit, in every memory layout; version digests tell versions apart."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def by_the_book(content: bytes) -> int:
 
 
 @given(dtypes, st.integers(0, 70), seeds)
-def test_a_fingerprint_is_the_one_that_the_book_gives(dtype: torch.dtype, count: int, seed: int):
+def test_a_device_digest_is_the_one_that_the_book_gives(dtype: torch.dtype, count: int, seed: int):
     tensor = random_bits(dtype, count, seed)
     assert device_digest(tensor) == by_the_book(tensor.view(torch.uint8).numpy().tobytes())
 
@@ -139,7 +139,7 @@ def test_a_scalar_and_a_gradient_are_no_hindrance():
     assert device_digest(parameter) == device_digest(torch.tensor([2.5]))
 
 
-def test_many_fingerprints_come_with_one_copy_to_the_host():
+def test_many_device_digests_come_with_one_copy_to_the_host():
     tensors = [torch.full((count,), 1.5) for count in range(5)]
     assert as_integers([digest_halves(tensor) for tensor in tensors]) == [device_digest(tensor) for tensor in tensors]
     assert as_integers([]) == []

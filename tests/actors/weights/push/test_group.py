@@ -71,7 +71,7 @@ def test_members_that_dont_come_are_named_and_those_who_came_are_sent_away(besid
         joining.result()
 
 
-def test_a_meeting_without_hope_ends_at_once():
+def test_a_rendezvous_that_must_stop_ends_at_once():
     with pytest.raises(MissingRanksError):
         RendezvousServer(HOST, 2, Deadline(3600.0)).open(CPU, must_stop=lambda: True)
 
@@ -85,7 +85,7 @@ def test_who_doesnt_know_the_token_isnt_met(beside: ThreadPoolExecutor):
         joining.result()
 
 
-def test_a_meeting_where_nobody_listens_is_given_up():
+def test_a_rendezvous_without_a_listener_ends_with_an_error():
     with socket.create_server((HOST, 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(PeerLostError, match="does not answer"):
