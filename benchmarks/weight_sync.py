@@ -1,14 +1,14 @@
-"""What it takes to bring a policy version from the trainer to the generators, each way against a limit of its own.
+"""Measures the transfer of a policy version from the trainer to the generators, each route against its own limit.
 
-    python benchmarks/weight_sync.py                              everything: 1 GiB, both dtypes, a quarter of an hour
+    python benchmarks/weight_sync.py                              all cases: 1 GiB, both dtypes, about 15 minutes
     python benchmarks/weight_sync.py --only tcp --dtype bfloat16  one case
-    python benchmarks/weight_sync.py --gib 0.1 --repeats 3        a smaller one
+    python benchmarks/weight_sync.py --gib 0.1 --repeats 3        smaller
 
-Cases: shared-memory, tcp, fleet, alternatives, delta, memory, engine, demo. Trainer and generators are processes of
-their own. Limits are measured in the same run, in turns with what is held against them, so that noise hits both alike;
-figures are medians after two rounds that don't count. Every word of the weights is new in each round, so that nothing
-is skipped as unchanged; only the delta's case changes fewer. A ratio of at least so much is one of rates, of at most so
-much one of seconds or bytes. Ends with 1 where something isn't as wanted.
+Cases: shared-memory, tcp, fleet, alternatives, delta, memory, engine, demo. Trainer and generators are
+separate processes. Limits are measured in the same run, in turns with the measured route, so that noise affects both
+alike; figures are medians after two warm-up rounds. Every word of the weights is new in each round, so that nothing is
+skipped as unchanged; only the delta case changes fewer. A ratio with a lower bound is one of rates, a ratio with an
+upper bound one of seconds or bytes. The exit status is 1 where a ratio misses its bound.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
-    """Every case that was asked for, line by line."""
+    """Yields the rows of every selected case."""
     bucket_bytes, repeats = options.bucket_mib * MIB, options.repeats
     wanted = options.only or CASES
     for dtype in options.dtype or DTYPES:
@@ -96,7 +96,7 @@ def show(options: argparse.Namespace, rows: list[Row], console: Console) -> None
 
 
 def wanted(row: Row) -> str:
-    """What the ratio has to be, for the table."""
+    """The bound of the ratio, for the table."""
     if row.at_least is not None:
         return f">= {row.at_least:g}"
     return "" if row.at_most is None else f"<= {row.at_most:g}"

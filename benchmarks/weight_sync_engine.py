@@ -1,4 +1,4 @@
-"""The weight-sync benchmark's cases with a real vLLM engine: a larger model without Ray, the demo's with all of it."""
+"""Cases of the weight-sync benchmark with a real vLLM engine: a larger model without Ray, and the demo's with Ray."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DEMO_PARTS = ("gather", "transfer", "stage", "load", "pause", "verify", "other")
 
 
 def engine_case(workload: Workload, repeats: int) -> list[Row]:
-    """Into a running engine, by shared memory and over the network: what it takes, and how long generation stands."""
+    """Time of a sync into a running vLLM engine, by shared memory and over the network, and its pause of generation."""
     rows, dtype = [], workload.dtype
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
@@ -68,7 +68,7 @@ def engine_case(workload: Workload, repeats: int) -> list[Row]:
 
 
 def _standstills(sync: Sync, engine: Peer, repeats: int) -> list[Row]:
-    """How long a running request waits for its next token while a version comes in, staged and loaded in place."""
+    """Longest wait of a running request for its next token during a sync, staged and loaded in place."""
     rows = []
     for how, least in (("staged", 0), ("in place", None)):
         seen = []
@@ -85,7 +85,7 @@ def _standstills(sync: Sync, engine: Peer, repeats: int) -> list[Row]:
 
 
 def demo_case(versions: int) -> list[Row]:
-    """The demo's policy from trainer to generator over Ray, gathered, published, loaded and proven, after each step."""
+    """Time of a sync of the demo's policy over Ray: gathered, published, loaded and verified after each step."""
     with Peer(DemoRun) as run:
         syncs: list[dict[str, float]] = run.call("syncs", versions)
     rows = []
@@ -103,7 +103,7 @@ def demo_case(versions: int) -> list[Row]:
 
 
 def digits() -> ModuleType:
-    """The demo's own file, for its model, tokenizer and prompts."""
+    """The demo's module, for its model, tokenizer and prompts."""
     spec = importlib.util.spec_from_file_location("digits_recipe", ROOT / "recipes" / "digits.py")
     assert spec is not None
     assert spec.loader is not None
@@ -113,10 +113,10 @@ def digits() -> ModuleType:
 
 
 class EngineModel:
-    """Makes the engine's model, in a process that ends with it."""
+    """Makes the vLLM engine's model, in a process of its own."""
 
     def write(self, folder: Path, nbytes: int, dtype: str) -> int:
-        """Write a Llama of about so many bytes with the demo's tokenizer. Returns how many it has."""
+        """Write a Llama of about `nbytes` bytes with the demo's tokenizer. Returns its exact size."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         is_small = nbytes < SMALL_BYTES
@@ -152,7 +152,7 @@ def trainer_of(folder: Path, dtype: str, bucket_bytes: int) -> Trainer:
 
 
 class EngineSink:
-    """A generator with its engine, without Ray."""
+    """A generator with its vLLM engine, without Ray."""
 
     def __init__(self, folder: Path, dtype: str, maps_memory: bool) -> None:
         from actors.generator.generator import Generator
@@ -177,7 +177,7 @@ class EngineSink:
         return Arrival(time.perf_counter(), receipt.route, receipt.received_bytes, parts)
 
     def memory(self) -> int:
-        """Private memory of the engine's process; it gives nothing back, so this is its peak too."""
+        """Private memory of the engine's process, in bytes. It keeps freed memory, so this is also its peak."""
         (process,) = (p for p in engine_processes(self._generator._engine) if "EngineCore" in " ".join(p.cmdline()))
         lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
@@ -228,10 +228,10 @@ async def _until(happened: Callable[[], bool]) -> None:
 
 
 class DemoRun:
-    """A run of the demo without its rollouts: a trainer, a generator, and what brings versions between them."""
+    """The demo without rollouts: a trainer, a generator and the sync between them."""
 
     def syncs(self, versions: int) -> list[dict[str, float]]:
-        """Seconds of so many syncs after the first ones, each in its parts."""
+        """Seconds of each sync after the warm-up, by part."""
         with tempfile.TemporaryDirectory() as place:
             return asyncio.run(self._syncs(Path(place), versions))
 
@@ -264,7 +264,7 @@ class DemoRun:
 
 @contextlib.asynccontextmanager
 async def _roles(folder: Path, versions: int) -> AsyncIterator[tuple[Any, Any]]:
-    """The trainer and the fleet of one generator, over Ray, as a run starts them."""
+    """The trainer and a fleet of one generator over Ray, started as in a run."""
     from actors.generator.handle import GeneratorHandle
     from actors.generator.spec import GeneratorSpec
     from actors.trainer.policy import PolicyGroup, PolicySpec

@@ -1,4 +1,4 @@
-"""What weight sync is held against: plain copies, raw ZeroMQ, files of safetensors, Ray's object store."""
+"""Limits and alternatives for weight sync: plain copies, raw ZeroMQ, files of safetensors, Ray's object store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class Copier:
-    """One end of a plain copy through shared memory: private bytes into it, or out of it. All of it warm."""
+    """One end of a plain copy through shared memory: private bytes into it, or out of it, with all pages faulted in."""
 
     def __init__(self, nbytes: int, name: str) -> None:
         self._shared = shared_memory.SharedMemory(name)
@@ -32,14 +32,14 @@ class Copier:
         self._private = np.random.default_rng(0).integers(0, 255, nbytes, np.uint8)
 
     def copy_in(self) -> tuple[float, float]:
-        """When it began and ended."""
+        """Start and end time."""
         assert self._content is not None
         started = time.perf_counter()
         np.copyto(self._content, self._private)
         return started, time.perf_counter()
 
     def copy_out(self) -> tuple[float, float]:
-        """When it began and ended."""
+        """Start and end time."""
         assert self._content is not None
         started = time.perf_counter()
         np.copyto(self._private, self._content)
@@ -51,7 +51,7 @@ class Copier:
 
 
 class RawServer:
-    """Answers a number with that message of a range of bytes, without a copy and without looking at it."""
+    """Answers a number with that message of a range of bytes, without copying or reading it."""
 
     def __init__(self, nbytes: int, message_bytes: int, is_encrypted: bool) -> None:
         content = memoryview(np.random.default_rng(0).integers(0, 255, nbytes, np.uint8))
@@ -67,7 +67,7 @@ class RawServer:
         threading.Thread(target=self._answer, daemon=True).start()
 
     def where(self) -> tuple[str, bytes, int]:
-        """Address, key, and how many messages there are."""
+        """Address, key and number of messages."""
         return f"tcp://{LOOPBACK}:{self._port}", self.key, len(self._messages)
 
     def _answer(self) -> None:
@@ -77,7 +77,7 @@ class RawServer:
 
 
 class RawClient:
-    """Receives every message, as many under way as in our own receiver, and lets go of it."""
+    """Receives and discards every message, with as many in flight as in our own receiver."""
 
     def __init__(self, address: str, key: bytes, messages: int, window: int) -> None:
         self._messages = messages
@@ -90,7 +90,7 @@ class RawClient:
         self._socket.connect(address)
 
     def receive(self) -> tuple[int, float]:
-        """Bytes that came, and seconds."""
+        """Received bytes and seconds."""
         started, received = time.perf_counter(), 0
         for number in range(min(self._window, self._messages)):
             self._socket.send(b"%d" % number)
@@ -105,13 +105,13 @@ class RawClient:
 
 
 class FileWriter:
-    """A trainer that hands its tensors over as a file."""
+    """A trainer that writes its tensors to a file."""
 
     def __init__(self, workload: Workload) -> None:
         self._tensors = {str(index): tensor for index, tensor in enumerate(workload.tensors())}
 
     def write(self, path: Path) -> float:
-        """When it began."""
+        """Start time."""
         from safetensors.torch import save_file
 
         path.unlink(missing_ok=True)
@@ -121,10 +121,10 @@ class FileWriter:
 
 
 class FileReader:
-    """A generator that reads such a file, every byte once, as our receiver does."""
+    """A generator that reads such a file, every byte once, like our receiver."""
 
     def read(self, path: Path) -> float:
-        """When it had."""
+        """End time."""
         from safetensors.torch import load_file
 
         read_all([as_words(tensor) for tensor in load_file(path).values()])
@@ -132,7 +132,7 @@ class FileReader:
 
 
 class RayPair:
-    """A trainer and a generator as Ray actors, between which tensors go through the object store."""
+    """A trainer and a generator as Ray actors that pass tensors through the object store."""
 
     def __init__(self, workload: Workload) -> None:
         import ray
@@ -165,14 +165,14 @@ class RayPair:
 
 
 class RayWriter:
-    """Puts its tensors into the object store, as arrays: those Ray hands on without pickling what they hold."""
+    """Puts its tensors into the object store as arrays, whose content Ray does not pickle."""
 
     def __init__(self, workload: Workload) -> None:
         torch.set_num_threads(1)
         self._arrays = [as_words(tensor) for tensor in workload.tensors()]
 
     def put(self) -> tuple[float, list[Any]]:
-        """When it began, and the reference, in a list so that it is passed on as one."""
+        """Start time and the object reference, in a list so that Ray passes the reference itself."""
         import ray
 
         started = time.perf_counter()
@@ -180,10 +180,10 @@ class RayWriter:
 
 
 class RayReader:
-    """Reads them where they are."""
+    """Reads the arrays in place."""
 
     def read(self, references: list[Any]) -> float:
-        """When it had."""
+        """End time."""
         import ray
 
         read_all(ray.get(references[0]))
@@ -197,5 +197,5 @@ def as_words(tensor: Tensor) -> NDArray[Any]:
 
 
 def read_all(arrays: Sequence[NDArray[Any]]) -> list[bytes]:
-    """Read every byte once; the same digest as our receiver's, which runs at the speed of memory."""
+    """Read every byte once, with our receiver's digest, which runs at memory speed."""
     return [xxhash.xxh3_128_digest(array.reshape(-1).view(np.uint8)) for array in arrays]

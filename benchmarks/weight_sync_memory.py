@@ -1,11 +1,11 @@
-"""The weight-sync benchmark's memory: what trainer and generator hold beyond one version of the model, at their peak.
+"""The weight-sync benchmark's memory case: peak memory of trainer and generator beyond one version of the model.
 
-The account of a process is its resident memory as the kernel counts it: private pages and shared ones, each once. From
-its peak during a sync are taken away what it had before it knew of the weights (libraries, sockets and threads, the
-trainer's own tensors; a version of a few kilobytes has passed already) and one time the model, for the memory the
-version lies in. That memory is the publisher's, or over the network the receiver's own; a receiver that maps the
-publisher's memory has it in its account as well, though on the machine it is there once. What is left is buckets under
-way, copies that ZeroMQ makes to encrypt and decrypt, and what is kept of a delta.
+A process's resident memory is as the kernel counts it: private and shared pages, each once. Two amounts are subtracted
+from its peak during a sync: its memory before the first large version (libraries, sockets and threads, the trainer's
+own tensors, and a version of a few kilobytes), and the size of the model, for the memory that holds the version. That
+memory is the publisher's or, over the network, the receiver's own; a receiver that maps the publisher's memory counts
+it too, although the machine has it once. The rest is buckets in flight, ZeroMQ's copies for encryption and decryption,
+and the kept delta.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 
 def memory_case(workload: Workload, repeats: int) -> list[Row]:
-    """Both processes' peaks: by shared memory, over the network in full, and as a delta."""
+    """Peaks of both processes: by shared memory, over the network in full, and as a delta."""
     rows = []
     for way, maps_memory, has_delta in (
         ("shared memory", True, False),
@@ -43,7 +43,7 @@ def memory_case(workload: Workload, repeats: int) -> list[Row]:
 
 
 def _beyond(peers: dict[str, Peer], workload: Workload, repeats: int, share: float) -> dict[str, int]:
-    """By process, the most it held in any of so many syncs beyond what is accounted for."""
+    """By process: the largest peak of several syncs beyond the subtracted amounts."""
     trainer, sink = peers.values()
     sink.call("receive", trainer.call("publish", 0, True)[0])
     trainer.call("change", share)  # what that takes is the benchmark's own

@@ -39,7 +39,7 @@ WARMUP = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
         case: what was measured, dtype included.
@@ -60,14 +60,14 @@ class Row:
 
     @property
     def is_met(self) -> bool | None:
-        """Whether the ratio is as wanted; None where nothing is."""
+        """Whether the ratio is within its bound; None where it has none."""
         if self.ratio is None or (self.at_least is None and self.at_most is None):
             return None
         return self.ratio >= self.at_least if self.at_least is not None else self.ratio <= (self.at_most or 0.0)
 
 
 class Peer:
-    """An object in a process of its own. Its methods are called by name; several peers may work side by side."""
+    """An object in a process of its own, whose methods are called by name. Several peers can work concurrently."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None) -> None:
         """Start making it; the first answer waits for that.
@@ -90,7 +90,7 @@ class Peer:
         self._pipe.send((method, arguments))
 
     def answer(self) -> Any:
-        """The result of the call before.
+        """The result of the previous call.
 
         Raises:
             RuntimeError: it raised, ended or didn't answer in time.
@@ -107,7 +107,7 @@ class Peer:
 
     def _receive(self) -> Any:
         if not self._pipe.poll(DEADLINE_S):
-            raise RuntimeError(f"process {self._process.pid} didn't answer within {DEADLINE_S:g} s")
+            raise RuntimeError(f"process {self._process.pid} did not answer within {DEADLINE_S:g} s")
         try:
             error, result = self._pipe.recv()
         except EOFError:
@@ -171,12 +171,12 @@ class MemoryGauge:
         return _status("VmRSS")
 
     def forget_peak(self) -> None:
-        """From now on :meth:`peak` counts."""
+        """Reset the peak of :meth:`peak`."""
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        """The most that was resident since :meth:`forget_peak`."""
+        """Largest resident memory since :meth:`forget_peak`, in bytes."""
         return _status("VmHWM")
 
 
@@ -187,7 +187,7 @@ def _status(name: str) -> int:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is synced.
+    """The weights to sync.
 
     Attributes:
         nbytes: about the size of the model.
@@ -200,7 +200,7 @@ class Workload:
     bucket_bytes: int
 
     def tensors(self) -> list[Tensor]:
-        """Matrices of random bits, of the wanted size together."""
+        """Matrices of random bits with the workload's total size."""
         dtype, generator = DTYPES[self.dtype], torch.Generator().manual_seed(0)
         count = max(1, self.nbytes // (WIDTH * WIDTH * dtype.itemsize))
         words = [torch.empty(WIDTH, WIDTH, dtype=WORDS[dtype]).random_(generator=generator) for _ in range(count)]
@@ -208,7 +208,7 @@ class Workload:
 
 
 class Trainer(MemoryGauge):
-    """Holds tensors as a trainer does, changes and publishes them."""
+    """Holds tensors like a trainer, changes and publishes them."""
 
     def __init__(
         self, module: nn.Module, dtype: str, bucket_bytes: int, has_delta: bool = False, is_encrypted: bool = True
@@ -228,7 +228,7 @@ class Trainer(MemoryGauge):
         return cls(module, workload.dtype, workload.bucket_bytes, has_delta, is_encrypted)
 
     def change(self, share: float) -> None:
-        """Change so many of the words: at random positions, or every one of them."""
+        """Change words: a share of them at random positions, or all."""
         for words in self._words:
             if share < 1:
                 count = int(share * len(words))
@@ -238,17 +238,17 @@ class Trainer(MemoryGauge):
                 words.mul_(-25_189).add_(12_345)
 
     def publish(self, version: int, is_small: bool = False) -> tuple[WeightsOffer, float, float]:
-        """The offer, and when publishing began and ended."""
+        """The offer, with start and end time of publishing."""
         started = time.perf_counter()
         offer = self.publisher.publish(version, self._small if is_small else self._source)
         return offer, started, time.perf_counter()
 
     def address(self) -> str:
-        """Where it serves, "address:port"."""
+        """Its address, "address:port"."""
         return self.publisher.endpoint.removeprefix("tcp://")
 
     def egress_bytes(self) -> int:
-        """What has gone to the network so far."""
+        """Bytes sent over the network since the start."""
         return self.publisher.server.egress_bytes
 
     def close(self) -> None:
@@ -257,7 +257,7 @@ class Trainer(MemoryGauge):
 
 @dataclass(frozen=True)
 class Arrival:
-    """A generator's word that it has a version.
+    """A generator's report that it has a version.
 
     Attributes:
         ended: when it had it, checked, and loaded if it has an engine.
@@ -273,7 +273,7 @@ class Arrival:
 
 
 class Sink(MemoryGauge):
-    """A generator without an engine: receives and checks."""
+    """A generator without a vLLM engine: it receives and checks."""
 
     def __init__(self, name: str, maps_memory: bool) -> None:
         self._receiver = WeightReceiver(name, ReceiverSettings(maps_memory=maps_memory))
@@ -285,7 +285,7 @@ class Sink(MemoryGauge):
         is_on_disk = any(part.held.memory.is_on_disk for part in received.parts)
         self._receiver.loaded(received)
         if is_on_disk:
-            raise RuntimeError("the version didn't fit into memory and went to disk; give a smaller --gib")
+            raise RuntimeError("the version was put on disk for lack of memory. Set a smaller --gib.")
         return Arrival(ended, received.route, received.received_bytes)
 
     def close(self) -> None:
@@ -294,7 +294,7 @@ class Sink(MemoryGauge):
 
 @dataclass
 class Sync:
-    """A trainer and its generators, ready for one version after the other."""
+    """A trainer and its generators, which sync one version after the other."""
 
     trainer: Peer
     sinks: Sequence[Peer]
@@ -325,7 +325,7 @@ class Sync:
             sink.ask("receive", offer)
         arrivals = [sink.answer() for sink in sinks]
         if self.version > 1 and {arrival.route for arrival in arrivals} != {route}:
-            raise RuntimeError(f"version {self.version} came by {[a.route for a in arrivals]}, not by {route}")
+            raise RuntimeError(f"version {self.version} came by route {[a.route for a in arrivals]}, not by {route}")
         ended = max(arrival.ended for arrival in arrivals)
         return {
             "seconds": ended - started,
@@ -353,7 +353,7 @@ def interleaved(rounds: Mapping[str, Callable[[], dict[str, float]]], repeats: i
 
 
 def starting(stack: contextlib.ExitStack, make: Callable[..., Any], *arguments: Any, **options: Any) -> Peer:
-    """A peer that ends with the stack."""
+    """A peer that is stopped by the exit stack."""
     return stack.enter_context(Peer(make, *arguments, **options))
 
 

@@ -1,4 +1,4 @@
-"""The weight-sync benchmark's cases without engines: one generator, many, what one does without us, the delta."""
+"""Cases of the weight-sync benchmark without a vLLM engine: one generator, many, alternatives to ours, the delta."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def size_of(workload: Workload) -> int:
 
 
 def shared_memory_case(workload: Workload, repeats: int) -> list[Row]:
-    """To one generator on the same host, by its memory."""
+    """To one generator on the same host, by shared memory."""
     nbytes = size_of(workload)
     with contextlib.ExitStack() as stack:
         segment = shared_memory.SharedMemory(create=True, size=nbytes)
@@ -75,7 +75,7 @@ def shared_memory_case(workload: Workload, repeats: int) -> list[Row]:
 
 
 def tcp_case(workload: Workload, repeats: int) -> list[Row]:
-    """To one generator over the loopback's TCP, encrypted and plain."""
+    """To one generator over TCP on loopback, encrypted and plain."""
     rows = []
     for is_encrypted in (True, False):
         nbytes, words = size_of(workload), "CURVE" if is_encrypted else "plain"
@@ -112,7 +112,7 @@ def _raw(client: Peer, nbytes: int) -> dict[str, float]:
 
 
 def fleet_case(workload: Workload, repeats: int, generators: int) -> list[Row]:
-    """To many generators: on the same host by its memory, and each on a host of its own, through relays."""
+    """To many generators: on one host by shared memory, and each on a host of its own through relays."""
     nbytes = size_of(workload)
     rows = []
     for maps_memory in (True, False):
@@ -142,7 +142,7 @@ def fleet_case(workload: Workload, repeats: int, generators: int) -> list[Row]:
 
 
 def alternatives_case(workload: Workload, repeats: int, folder: Path) -> list[Row]:
-    """The ways that a user has without us, from the trainer's tensors to tensors that another process has read."""
+    """Alternatives without Counterpoint, from the trainer's tensors to tensors that another process has read."""
     nbytes = size_of(workload)
     with contextlib.ExitStack() as stack:
         sync = Sync(starting(stack, Trainer.of, workload), [starting_generator(stack, Sink, "one", True)])
@@ -176,7 +176,7 @@ def alternatives_case(workload: Workload, repeats: int, folder: Path) -> list[Ro
 
 
 def delta_case(workload: Workload, repeats: int, link_bytes_per_s: float) -> list[Row]:
-    """What changed, against the whole, over TCP and over a slower link."""
+    """A delta against the whole version, over TCP and over a slower link."""
     nbytes = size_of(workload)
     rows = []
     with contextlib.ExitStack() as stack:

@@ -123,5 +123,5 @@ def test_a_version_that_came_by_another_way_than_measured_is_an_error() -> None:
     with Peer(Trainer.of, workload) as trainer, Peer(Sink, "one", True) as sink:
         sync = Sync(trainer, [sink])
         sync.once("memory")
-        with pytest.raises(RuntimeError, match=r"version 2 came by \['memory'\], not by network"):
+        with pytest.raises(RuntimeError, match=r"version 2 came by route \['memory'\], not by network"):
             sync.once("network")

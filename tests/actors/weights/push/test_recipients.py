@@ -148,7 +148,9 @@ def test_a_generator_that_cant_start_leaves_the_others_on_their_former_version(p
     assert pushed(push, 2, well).is_whole
 
 
-def test_a_generator_that_doesnt_come_to_the_rendezvous_is_named_and_holds_up_no_other_push(peers: Start, sender: Start):
+def test_a_generator_that_doesnt_come_to_the_rendezvous_is_named_and_holds_up_no_other_push(
+    peers: Start, sender: Start
+):
     tensors = policy_tensors()
     well, absent = peers("well"), peers("absent")
     absent.refuse("init_weight_transfer_engine", RuntimeError("it is restarting"))
