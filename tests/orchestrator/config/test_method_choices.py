@@ -155,3 +155,13 @@ def test_a_comparison_within_groups_of_one_is_refused(check: Callable[..., Resul
     result = check({"advantage": "rloo"}, rollout={"group_size": 1})
     assert result.exit_code == 2
     assert "rollout.group_size = 1 with algorithm.advantage = rloo" in result.stderr
+
+
+def test_a_loss_of_the_users_own_file_is_ready_to_run(check: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "my_losses.py").write_text(
+        "from algorithms.losses import clip\n"
+        "from algorithms.registry import POLICY_LOSSES, policy_loss\n\n"
+        "policy_loss('loss_of_a_users_file', options=POLICY_LOSSES.get('clip').options)(clip)\n"
+    )
+    result = check({"modules": ["my_losses.py"], "loss": "loss_of_a_users_file"})
+    assert result.exit_code == 0, result.output
