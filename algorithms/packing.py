@@ -1,4 +1,4 @@
-"""Between values by token end to end ("packed") and matrices with a row a sequence, without a loop over either."""
+"""Converts values by token between packed tensors (end to end) and matrices with a row a sequence, without a loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of sequences of given lengths stand, packed and in rows padded on the right.
+    """The layout of sequences of given lengths, packed and in rows padded on the right.
 
     Made once for a batch and used for each of its tensors.
 

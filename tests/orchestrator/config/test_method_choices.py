@@ -76,7 +76,7 @@ def test_a_name_that_is_not_registered_is_refused_with_the_nearest(
 @pytest.mark.parametrize(
     ("algorithm", "said"),
     [
-        ({"loss_options": {"hgih": 0.3}}, ["algorithm.loss_options.hgih is not a switch", "Did you mean high?"]),
+        ({"loss_options": {"hgih": 0.3}}, ["algorithm.loss_options.hgih is not an option", "Did you mean high?"]),
         ({"loss_options": {"high": -1.0}}, ["algorithm.loss_options.high = -1.0"]),
         ({"aggregation": "constant_length"}, ["algorithm.aggregation_options.length", "must be set"]),
         ({"advantage": "gae", "advantage_options": {"lambda": 0.9}}, ["algorithm.advantage_options.lambda is not"]),
@@ -85,7 +85,7 @@ def test_a_name_that_is_not_registered_is_refused_with_the_nearest(
         ({"combination": "constrained"}, ["algorithm.combination_options.constraints", "must be set"]),
     ],
 )
-def test_a_switch_that_is_wrong_is_refused_by_its_place_in_the_recipe(
+def test_an_option_that_is_wrong_is_refused_by_its_place_in_the_recipe(
     check: Callable[..., Result], algorithm: dict[str, Any], said: list[str]
 ) -> None:
     result = check(algorithm)

@@ -71,7 +71,7 @@ def test_the_plain_configuration_works_without_warnings() -> None:
             "Set it below 1",
         ),
         ([("algorithm.advantage", "grppo")], "Did you mean 'grpo'?"),
-        ([("algorithm.loss_options", {"hihg": 0.3})], "algorithm.loss_options.hihg is not a switch of 'clip'"),
+        ([("algorithm.loss_options", {"hihg": 0.3})], "algorithm.loss_options.hihg is not an option of 'clip'"),
         ([("algorithm.loss_options", {"low": 2})], "algorithm.loss_options.low = 2"),
         ([("algorithm.advantage", "gae"), ("algorithm.loss", "gspo")], "one ratio for a whole sequence"),
         ([("algorithm.loss", "topr")], "would count the mismatch twice"),
