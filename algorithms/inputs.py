@@ -47,12 +47,6 @@ class AdvantageInputs:
     component_names: tuple[str, ...] | None = None
     answers: Tensor | None = None
 
-    @classmethod
-    def of_rewards(cls, rewards: Tensor, group: Tensor) -> AdvantageInputs:
-        """Samples of one token each, for estimators that look at rewards alone."""
-        ones = torch.ones_like(group)
-        return cls(rewards, group, ones, ones.bool())
-
     @cached_property
     def sample(self) -> Tensor:
         """[tokens] int64, the sample each token belongs to."""
