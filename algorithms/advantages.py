@@ -1,6 +1,6 @@
-"""Advantage estimators that give one advantage a sample. A failed reward never comes this far.
+"""Advantage estimators that give each sample one advantage. Samples without a reward are dropped before them.
 
-Those that give one a token are in returns.py, those that reward a group as a whole in pass_at_k.py.
+Estimators that give each token an advantage are in returns.py, those of pass@k in pass_at_k.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from algorithms.inputs import AdvantageInputs
 from algorithms.registry import Need, Options, advantage_estimator
 
 STD_EPSILON = 1e-6
-"""Added to standard deviations that are divided by, so that rounding noise isn't blown up to size 1."""
+"""Added to standard deviations before a division, so that rounding noise stays small."""
 
 
 @advantage_estimator(
@@ -24,7 +24,7 @@ STD_EPSILON = 1e-6
     compares_group=True,
     formula="(r − mean(group)) / (std(group) + 1e-6)",
     source="GRPO, arXiv 2402.03300, section 4.1.2",
-    use_when="The usual choice: verifiable rewards, no critic, groups of 4 and more.",
+    use_when="The usual choice for verifiable rewards without a critic, in groups of 4 and more.",
 )
 def grpo(inputs: AdvantageInputs, options: Options) -> Tensor:
     """(r - mean of group) / standard deviation of group (GRPO, arXiv 2402.03300, section 4.1.2).
@@ -160,7 +160,7 @@ class GPGOptions(Options):
     compares_group=True,
     formula="α · (r − mean(group)) / F, α = samples / samples in groups whose rewards differ, F = 1 or std(group)",
     source="GPG, arXiv 2504.02546, the advantage with accurate gradient estimation",
-    use_when="No dynamic filtering: makes up for groups that teach nothing by a larger step on the others.",
+    use_when="Without dynamic filtering: a larger step on the other groups makes up for groups of equal rewards.",
 )
 def gpg(inputs: AdvantageInputs, options: GPGOptions) -> Tensor:
     """alpha (r - mean of group) / F (GPG, arXiv 2504.02546).
@@ -214,7 +214,7 @@ def maxrl(inputs: AdvantageInputs, options: Options) -> Tensor:
     needs=frozenset({Need.COMPONENTS}),
     formula="a / (std(batch of a) + 1e-6), a = Σₖ wₖ · (rₖ − mean(group of rₖ)) / (std(group of rₖ) + 1e-6)",
     source="GDPO, arXiv 2601.05242, section 3",
-    use_when="Several rewards of different scale or difficulty, none of which may drown the others.",
+    use_when="Several rewards of different scale or difficulty, each of which must keep its influence.",
 )
 def gdpo(inputs: AdvantageInputs, options: Options) -> Tensor:
     """Each component normalised over its group, their weighted sum normalised over the batch (GDPO, arXiv 2601.05242).

@@ -1,4 +1,4 @@
-"""From losses by token to one number. Denominators are global and passed in, so that sums over parts are exact."""
+"""Aggregations of token losses to one loss. Denominators are of the whole batch, so that sums over parts are exact."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Denominators:
         if self.tokens <= 0 or self.sequences <= 0:
             raise ValueError(
                 f"denominators must be above 0, got {self.tokens} tokens and {self.sequences} sequences: "
-                "a batch without a trained token has no loss; skip it"
+                "a batch without a trained token has no loss. Skip it"
             )
 
 
@@ -52,13 +52,13 @@ def token_weights(mask: Tensor, config: AlgorithmConfig, denominators: Denominat
 
     Args:
         mask: [B, T] bool, the trained tokens; a row is a whole sequence.
-        config: names the aggregation and its switches.
+        config: names the aggregation and its options.
         denominators: of the whole batch.
         like: a tensor of the dtype and device wanted.
     Returns:
         [B, T] float, 0 outside the mask.
     Raises:
-        RegistryError: no such aggregation, or no such switch.
+        RegistryError: no such aggregation, or no such option.
         ValueError: a registered aggregation returned another shape.
     """
     entry = AGGREGATIONS.get(config.aggregation)

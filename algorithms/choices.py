@@ -1,5 +1,5 @@
-"""Whether a recipe's choices exist, have the switches it gives them, and go together. Importing it registers every
-built-in method."""
+"""Checks that the methods a recipe chooses exist, have the options it sets, and can be combined. Importing it registers
+every built-in method."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def needs(config: AlgorithmConfig) -> frozenset[Need]:
 
 
 def _choices(config: AlgorithmConfig) -> list[Callable[[bool], list[str]]]:
-    """A check of each named method and its switches."""
+    """A check of each method that the recipe names and of its options."""
     named: list[tuple[Registry[Any], str, Mapping[str, Any], str, str]] = [
         (ADVANTAGE_ESTIMATORS, config.advantage, config.advantage_options, "", "algorithm.advantage_options"),
         (POLICY_LOSSES, config.loss, config.loss_options, "", "algorithm.loss_options"),
@@ -129,12 +129,13 @@ def _loss_problems(config: AlgorithmConfig, estimator: AdvantageEstimator, loss:
     if reason := incompatibility(estimator, loss):
         hint = " Use `counterpoint sft` for it, or a policy loss such as clip." if not loss.uses_rollouts else ""
         found.append(
-            f"algorithm.loss = {loss.name} doesn't go with algorithm.advantage = {estimator.name}: {reason}.{hint}"
+            f"algorithm.loss = {loss.name} can't be combined with algorithm.advantage = {estimator.name}: {reason}."
+            f"{hint}"
         )
     if loss.corrects_mismatch and config.correction.method != "none":
         found.append(
             f"algorithm.loss = {loss.name} weighs by the behaviour policy itself, so algorithm.correction.method = "
-            f"{config.correction.method} would count the mismatch twice. Set it to none."
+            f"{config.correction.method} would correct the mismatch twice. Set it to none."
         )
     if loss.corrects_mismatch and config.correction.veto is not None:
         found.append(
@@ -178,14 +179,14 @@ def _credit_problems(config: AlgorithmConfig, estimator: AdvantageEstimator, los
     found, key = [], "algorithm.credit = turn"
     if estimator.level == "token":
         found.append(
-            f"{key} doesn't go with algorithm.advantage = {estimator.name}, which gives each token a credit of its "
-            "own. Set it to trajectory."
+            f"{key} can't be combined with algorithm.advantage = {estimator.name}, which gives each token a credit of "
+            "its own. Set it to trajectory."
         )
     elif whole := estimator.needs & {Need.COMPONENTS, Need.GREEDY_REWARDS}:
         what = " and ".join(sorted(each.value.replace("_", " ") for each in whole))
         found.append(
-            f"{key} doesn't go with algorithm.advantage = {estimator.name}, whose {what} are of whole completions. Set "
-            "it to trajectory."
+            f"{key} can't be combined with algorithm.advantage = {estimator.name}, whose {what} are of whole "
+            "completions. Set it to trajectory."
         )
     if loss.unit == "sequence":
         found.append(

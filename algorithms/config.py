@@ -1,7 +1,7 @@
-"""What to learn from a batch: orthogonal choices, each a registered method by name with its own switches.
+"""Settings of what is learned from a batch: each choice is the name of a registered method, with options of its own.
 
-Whether the names, their switches and their combination make sense is asked in choices.py, once the user's files that
-register methods of their own have been imported.
+choices.py checks that the methods exist, have these options and can be combined, once the user's files that register
+methods have been imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ STRICT = ConfigDict(extra="forbid", frozen=True)
 
 
 class KLConfig(BaseModel):
-    """How far the policy is held back by the reference."""
+    """The KL divergence from the reference: its weight, its estimator and where it counts."""
 
     model_config = STRICT
 
@@ -27,7 +27,7 @@ class KLConfig(BaseModel):
     controller: Literal["fixed", "adaptive"] = Field(
         "fixed", description="Fixed, or adapted towards the target (Ziegler et al., 2019)."
     )
-    target_nats: float = Field(0.05, gt=0.0, description="KL a token the adaptive controller steers to.")
+    target_nats: float = Field(0.05, gt=0.0, description="KL a token that the adaptive controller aims at.")
     horizon: int = Field(100, ge=1, description="Updates over which the adaptive controller acts.")
 
 
@@ -37,7 +37,7 @@ class CorrectionConfig(BaseModel):
     model_config = STRICT
 
     method: str = Field("token_truncated", description="A registered rollout correction.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of that method.")
     veto: float | None = Field(
         None,
         gt=0.0,
@@ -52,7 +52,7 @@ class ShapingConfig(BaseModel):
     model_config = STRICT
 
     name: str = Field(description="A registered reward shape.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of that method.")
 
 
 class AlgorithmConfig(BaseModel):
@@ -62,18 +62,18 @@ class AlgorithmConfig(BaseModel):
 
     modules: tuple[Path, ...] = Field((), description="Python files to import first; they register methods.")
     combination: str = Field("weighted_sum", description="How reward components become one reward.")
-    combination_options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
+    combination_options: dict[str, Any] = Field(default_factory=dict, description="Options of that method.")
     shaping: tuple[ShapingConfig, ...] = Field((), description="Adjustments of the rewards, in order.")
     train_on_truncated: bool = Field(
-        True, description="Whether completions cut off by the token limit are learned from; they are rewarded anyway."
+        True, description="Whether to learn from completions that the token limit cut off; they are scored in any case."
     )
     advantage: str = Field("grpo", description="A registered advantage estimator.")
-    advantage_options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
+    advantage_options: dict[str, Any] = Field(default_factory=dict, description="Options of that method.")
     credit: Literal["trajectory", "turn"] = Field(
-        "trajectory", description="What is compared and credited: whole completions, or each turn of the policy."
+        "trajectory", description="Compare and credit whole completions, or each turn of the policy."
     )
     turn_discount: float = Field(
-        1.0, ge=0.0, le=1.0, description="With credit by turn: what the next turn's reward is worth to this one."
+        1.0, ge=0.0, le=1.0, description="With credit by turn: weight of the next turn's reward in this turn's return."
     )
     answer_pattern: str | None = Field(
         None,
@@ -84,13 +84,13 @@ class AlgorithmConfig(BaseModel):
         False, description="Weigh groups by 4 p(1 - p), with p the group's mean reward between its bounds."
     )
     loss: str = Field("clip", description="A registered policy loss.")
-    loss_options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
+    loss_options: dict[str, Any] = Field(default_factory=dict, description="Options of that method.")
     aggregation: str = Field("token_mean", description="A registered aggregation of token losses.")
-    aggregation_options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
+    aggregation_options: dict[str, Any] = Field(default_factory=dict, description="Options of that method.")
     gradient_combination: str | None = Field(
         None, description="Combine the gradients of the reward components, one backward pass each, instead of rewards."
     )
-    gradient_options: dict[str, Any] = Field(default_factory=dict, description="Its switches.")
+    gradient_options: dict[str, Any] = Field(default_factory=dict, description="Options of that method.")
     entropy_coefficient: float = Field(0.0, ge=0.0, description="Weight of the entropy bonus.")
     kl: KLConfig = KLConfig()
     correction: CorrectionConfig = CorrectionConfig()

@@ -1,6 +1,6 @@
 """Importance weights for the gap between the distribution that sampled and the one that is trained.
 
-A method makes weights of the log-ratios; what it saw and did is measured here, in the same way for all of them.
+A method computes weights from the log-ratios; the metrics here are the same for every method.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def importance_correction(
         trainer_log_probs: [B, T] float, nats, finite inside the mask; a row is a whole sequence.
         behaviour_log_probs: [B, T] float, nats, finite inside the mask.
         mask: [B, T] bool, the trained tokens.
-        config: the method, its switches, and the veto.
+        config: the method, its options, and the veto.
     Raises:
-        RegistryError: no such method, or no such switch; says which bound is wrong and why.
+        RegistryError: no such method, or no such option; says which bound is wrong and why.
         ValueError: a registered method returned another shape.
     """
     entry = CORRECTIONS.get(config.method)
@@ -112,7 +112,7 @@ def importance_correction(
 
 
 def correction_sums(correction: Correction, mask: Tensor, denominators: Denominators) -> dict[str, Tensor]:
-    """What the correction saw and did to a part of the batch, as parts of the batch's figures that add up.
+    """Metrics of the correction over a part of the batch, as sums that add up over parts.
 
     Args:
         correction: of the part.
@@ -228,7 +228,7 @@ def _ratio(log_ratio: Tensor) -> Tensor:
     "none",
     formula="w = 1",
     source="no correction",
-    use_when="Generator and trainer agree to rounding and no sample is stale, or the loss corrects by itself.",
+    use_when="Generator and trainer agree to rounding and no sample is stale, or the loss holds its own correction.",
 )
 def none(log_ratio: Tensor, mask: Tensor, options: Options) -> CorrectionWeights:
     """w = 1: the samples are taken as the trainer's own.
@@ -290,7 +290,7 @@ def sequence_truncated(log_ratio: Tensor, mask: Tensor, options: TruncationOptio
     options=MaskingOptions,
     formula="wₜ = rₜ if low ≤ rₜ ≤ high, else 0",
     source="IcePop, arXiv 2510.18855, section 3",
-    use_when="Mixtures of experts, where a few tokens disagree wildly and no weight would make them useful.",
+    use_when="Mixtures of experts, where a few tokens disagree so far that no weight makes them useful.",
 )
 def token_masked(log_ratio: Tensor, mask: Tensor, options: MaskingOptions) -> CorrectionWeights:
     """w = r where low <= r <= high, 0 elsewhere (IcePop; Ling team, arXiv 2510.18855, section 3).
@@ -310,7 +310,7 @@ def token_masked(log_ratio: Tensor, mask: Tensor, options: MaskingOptions) -> Co
     options=MaskingOptions,
     formula="w = Πₜ rₜ if low ≤ Πₜ rₜ ≤ high, else 0, for the whole sequence",
     source="Liu, Li et al., When Speed Kills Stability, 2025 (masked importance sampling by sequence)",
-    use_when="Short answers, where a sequence outside the bounds is rather broken than rare.",
+    use_when="Short answers, where a sequence outside the bounds is probably faulty.",
 )
 def sequence_masked(log_ratio: Tensor, mask: Tensor, options: MaskingOptions) -> CorrectionWeights:
     """w = product of r over the sequence where low <= product <= high, 0 for the whole sequence elsewhere.

@@ -1,4 +1,4 @@
-"""What the driver calls for advantages: a registered estimator, its inputs and outputs checked, and its weighting."""
+"""Estimates advantages with a registered estimator: checks its inputs and outputs, and weighs groups by difficulty."""
 
 from __future__ import annotations
 
@@ -44,36 +44,36 @@ def estimate_advantages(
     Args:
         name: a registered advantage estimator.
         inputs: the batch. Of [tokens] fields only what lies inside the mask counts.
-        options: its switches.
+        options: of the method, by name.
         credit: whether whole samples are compared and credited, or each turn of the policy.
         turn_discount: with credit by turn, what the reward of the next turn is worth to this one: 0 for a turn's own
             reward alone, 1 for all that is still to come.
     Returns:
         [tokens] float64, 0 outside the action mask; finite.
     Raises:
-        RegistryError: no such estimator, or no such switch.
+        RegistryError: no such estimator, or no such option.
         NonFiniteError: a reward, or an advantage made of them, is NaN or infinite; names the sample.
         ValueError: shapes differ, `rewards` isn't floating point, a field that the estimator needs is missing, or what
             it works on can't be divided as asked.
     """
     estimator = ADVANTAGE_ESTIMATORS.get(name)
-    switches = estimator.read_options(options or {}, "algorithm.advantage_options")
+    method_options = estimator.read_options(options or {}, "algorithm.advantage_options")
     _check(inputs)
     _check_needs(estimator, inputs, credit, turn_discount)
     if inputs.rewards.numel() == 0:
         return inputs.rewards.new_zeros(0)
     if estimator.level == "token":
-        advantages = estimator.function(inputs, switches)
+        advantages = estimator.function(inputs, method_options)
         require_finite(f"the advantage by {name!r}", advantages, inputs.mask, index_name="token")
         return torch.where(inputs.mask, advantages, 0.0)
     if credit == "turn":
         turns = by_turn(inputs, turn_discount)
         if turns.inputs.rewards.numel() == 0:
             return inputs.rewards.new_zeros(inputs.mask.shape)
-        advantages = estimator.function(turns.inputs, switches)
+        advantages = estimator.function(turns.inputs, method_options)
         require_finite(f"the advantage by {name!r}", advantages, index_name="turn")
         return turns.to_tokens(advantages, inputs.mask)
-    advantages = estimator.function(_with_summed_rewards(inputs), switches)
+    advantages = estimator.function(_with_summed_rewards(inputs), method_options)
     require_finite(f"the advantage by {name!r}", advantages, index_name="sample")
     return torch.where(inputs.mask, advantages[inputs.sample], 0.0)
 
@@ -184,8 +184,8 @@ def _check_needs(
         return
     if estimator.level == "token":
         raise ValueError(
-            f"the advantage estimator {estimator.name!r} credits each token, so that credit by turn has nothing to "
-            "divide. Use credit by trajectory."
+            f"the advantage estimator {estimator.name!r} credits each token already, so credit by turn can't be "
+            "applied. Use credit by trajectory."
         )
     whole = estimator.needs & {Need.COMPONENTS, Need.GREEDY_REWARDS}
     if whole:

@@ -1,4 +1,4 @@
-"""The check that every input of a formula is finite, with an error that says which value isn't."""
+"""Checks that every input of a formula is finite, and names the first value that is not."""
 
 from __future__ import annotations
 

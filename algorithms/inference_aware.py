@@ -1,4 +1,4 @@
-"""Advantages for a policy that will be used through best-of-N, a vote or another inference-time transform."""
+"""Advantages for a policy whose completions go through best-of-N, a vote or another inference-time transform."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from algorithms.majority import MOST_VOTES, majority_gradients
 from algorithms.registry import Need, Options, advantage_estimator
 
 STD_EPSILON = 1e-6
-_SWITCHES = {
+_OPTIONS_OF = {
     "identity": frozenset[str](),
     "best_of_n": frozenset({"n"}),
     "soft_best_of_n": frozenset({"temperature"}),
@@ -42,8 +42,8 @@ class Term(Options):
     threshold: float = Field(0.5, description="Reward from which a sample counts as a success, of pass_at_k.")
 
     @model_validator(mode="after")
-    def _has_the_switches_of_its_transform(self) -> Term:
-        has = _SWITCHES[self.transform]
+    def _has_the_options_of_its_transform(self) -> Term:
+        has = _OPTIONS_OF[self.transform]
         for name in ("n", "temperature", "threshold"):
             if name in self.model_fields_set and name not in has:
                 raise ValueError(f"{self.transform} has no {name}; leave it out")
@@ -153,7 +153,7 @@ def first_variation(rewards: Tensor, group: Tensor, term: Term, answers: Tensor 
     Args:
         rewards: [samples] float, finite.
         group: [samples] int64, the prompt each sample answers.
-        term: the transform and its switches.
+        term: the transform and its options.
         answers: [samples] int64, as in AdvantageInputs; only for tempered and majority.
     Returns:
         Equal rewards (with equal answers, where those count) have exactly equal variations.

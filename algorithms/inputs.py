@@ -1,4 +1,4 @@
-"""What advantage estimators and policy losses are made of: typed tensors, shapes in brackets."""
+"""Inputs of advantage estimators and policy losses: typed tensors, shapes in brackets."""
 
 from __future__ import annotations
 
@@ -47,12 +47,6 @@ class AdvantageInputs:
     component_names: tuple[str, ...] | None = None
     answers: Tensor | None = None
 
-    @classmethod
-    def of_rewards(cls, rewards: Tensor, group: Tensor) -> AdvantageInputs:
-        """Samples of one token each, for estimators that look at rewards alone."""
-        ones = torch.ones_like(group)
-        return cls(rewards, group, ones, ones.bool())
-
     @cached_property
     def sample(self) -> Tensor:
         """[tokens] int64, the sample each token belongs to."""
@@ -71,7 +65,7 @@ class AdvantageInputs:
 
 @dataclass(frozen=True)
 class BatchTokens:
-    """The whole optimiser batch, tokens of all samples end to end, as every rank sees it before the first micro-batch.
+    """The whole optimiser batch, tokens of all samples end to end, as every rank holds it before the first micro-batch.
 
     Attributes:
         sample: [tokens] int64, the sample each token belongs to, 0 to samples - 1, in order.
@@ -91,7 +85,7 @@ class BatchTokens:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a policy loss is made of. Rows are whole sequences; entries outside `mask` are 0 in every tensor.
+    """Inputs of a policy loss. Rows are whole sequences; entries outside `mask` are 0 in every tensor.
 
     Attributes:
         log_probs: [B, T] float, nats, of the policy being trained; carries the gradient.

@@ -1,4 +1,4 @@
-"""KL divergence from a reference: estimators by token, the penalty in the reward, and controllers of its weight."""
+"""KL divergence from the reference: estimators by token, the penalty in the reward, and controllers of its weight."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def kl_token_rewards(
     *,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """-coefficient x KL of each token, to be added to what the tokens are rewarded with.
+    """-coefficient x KL of each token, to be added to the token rewards.
 
     With k1, a sequence's sum is log pi_reference(completion) - log pi(completion), whose policy gradient is that of
     the KL (Ziegler et al., arXiv 1909.08593, eq. 2).
@@ -278,7 +278,7 @@ class FixedKL:
     coefficient: float
 
     def update(self, observed_kl: float) -> FixedKL:
-        """Itself, whatever was seen."""
+        """The same controller, whatever the KL."""
         return self
 
     def state(self) -> dict[str, float]:

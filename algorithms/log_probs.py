@@ -1,7 +1,7 @@
 """Log-probability, entropy and divergence from hidden states and the output head, a tile of the vocabulary at a time.
 
-Nothing here ever holds [tokens, vocabulary]: a backward pass computes each tile of logits again. What a family does to
-its logits behind the head is a :class:`LogitTransform`.
+No tensor of [tokens, vocabulary] exists at any time: the backward pass computes each tile of logits again.
+A :class:`LogitTransform` is what a model family applies to its logits behind the head.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DRIFT_FLOOR = -1e4
 
 
 class TokenStatistics(NamedTuple):
-    """What a distribution over the vocabulary says of the token drawn from it.
+    """Statistics of each drawn token under its distribution over the vocabulary.
 
     Attributes:
         log_probs: [N] float32 (float64 from float64 inputs), nats, of the token.

@@ -1,4 +1,4 @@
-"""Tiles of the logits of an output head, [tokens, vocabulary], which are never all there, and their gradients."""
+"""Logits of an output head and their gradients, one tile of [tokens, vocabulary] at a time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Policy losses with a ratio for each token: what is minimised, before the rollout correction and aggregation.
+"""Policy losses with a ratio for each token, before the rollout correction and aggregation.
 
-Those with one ratio a sequence are in losses_sequence.py, those that look at the whole batch's covariances in
-losses_covariance.py, and those that weigh by the behaviour policy themselves in losses_behaviour.py.
+Losses with one ratio a sequence are in losses_sequence.py, losses by the whole batch's covariances in
+losses_covariance.py, and losses that weigh by the behaviour policy themselves in losses_behaviour.py.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def dual_clip(inputs: LossInputs, options: DualClipOptions) -> TokenLoss:
     """The clipped loss, bounded above by -c A where A < 0 (Ye et al., arXiv 1912.09729, eq. 5).
 
     `clip` leaves r A unbounded where A < 0 and r is large; here the gradient of such a token is 0. A loss of its own
-    rather than a switch of `clip`, so that `clip` has exactly PPO's two bounds.
+    rather than an option of `clip`, so that `clip` has exactly PPO's two bounds.
     """
     ratio = ratio_of(inputs.log_probs, inputs.proximal_log_probs)
     single = clipped_surrogate(ratio, inputs, options.low, options.high)
@@ -100,8 +100,8 @@ def marks_of(inputs: LossInputs) -> Tensor:
     """
     if inputs.marks is None:
         raise ValueError(
-            "this loss looks at the whole optimiser batch, but the inputs have no marks: call its prepare on all "
-            "tokens before the first micro-batch and hand on what it returns"
+            "this loss needs marks from the whole optimiser batch, and the inputs have none. Call its prepare on all "
+            "tokens before the first micro-batch, and pass what it returns as marks"
         )
     return inputs.marks > 0
 

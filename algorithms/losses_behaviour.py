@@ -1,4 +1,4 @@
-"""Policy losses that weigh by the behaviour policy themselves, token by token, and so take no rollout correction."""
+"""Policy losses that weigh each token by the behaviour policy themselves, and so need no rollout correction."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Policy losses that hold back the few tokens whose log-probability goes together with the advantage.
+"""Policy losses that limit the few tokens whose log-probability covaries with the advantage.
 
-Those tokens make the entropy collapse (Cui et al., arXiv 2505.22617). Which they are is settled once, from the whole
-optimiser batch at the start of the update, so that the result doesn't depend on micro-batches and ranks.
+Those tokens make the entropy collapse (Cui et al., arXiv 2505.22617). They are chosen once, from the whole optimiser
+batch at the start of the update, so that the result doesn't depend on micro-batches and ranks.
 """
 
 from __future__ import annotations

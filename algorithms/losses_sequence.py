@@ -1,7 +1,7 @@
-"""Policy losses whose ratio is one of the whole sequence. Each row of the inputs is a whole sequence.
+"""Policy losses with one ratio for the whole sequence. Each row of the inputs is a whole sequence.
 
-The loss of a sequence stands on each of its tokens, so that the aggregation sequence_mean gives the papers' mean over
-sequences. A row without a trained token is 0.
+Every token of a sequence carries the loss of the sequence, so that the aggregation sequence_mean gives the papers'
+mean over sequences. A row without a trained token is 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Between values by token end to end ("packed") and matrices with a row a sequence, without a loop over either."""
+"""Lays values by token, packed end to end, out as a matrix with a row a sequence, without a loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of sequences of given lengths stand, packed and in rows padded on the right.
+    """The layout of sequences of given lengths, packed and in rows padded on the right.
 
     Made once for a batch and used for each of its tensors.
 
@@ -36,11 +36,6 @@ class Packing:
         return cls(lengths, longest if width is None else width)
 
     @cached_property
-    def rows(self) -> Tensor:
-        """[tokens] int64, the row of each token."""
-        return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.lengths.device), self.lengths)
-
-    @cached_property
     def cells(self) -> Tensor:
         """[tokens] int64, the place of each token in the flattened matrix."""
         starts = self.lengths.cumsum(0) - self.lengths
@@ -59,30 +54,3 @@ class Packing:
             raise ValueError(f"packed values must be {list(self.cells.shape)}, one a token, got {list(packed.shape)}")
         matrix = packed.new_zeros(len(self.lengths) * self.width)
         return matrix.index_copy_(0, self.cells, packed).view(len(self.lengths), self.width)
-
-    def to_packed(self, matrix: Tensor) -> Tensor:
-        """[rows, width] as [tokens].
-
-        Raises:
-            ValueError: the matrix has another shape.
-        """
-        if matrix.shape != (len(self.lengths), self.width):
-            raise ValueError(
-                f"the matrix must be [{len(self.lengths)}, {self.width}], a row a sequence, got {list(matrix.shape)}"
-            )
-        return matrix.reshape(-1)[self.cells]
-
-    def select(self, rows: Tensor) -> Tensor:
-        """[selected tokens] int64, where in the packed batch the tokens of some rows stand, in the order of `rows`.
-
-        `packed[layout.select(rows)]` are the packed values of a micro-batch, whose layout is that of `lengths[rows]`.
-
-        Args:
-            rows: [selected rows] int64.
-        """
-        lengths = self.lengths[rows]
-        starts = (self.lengths.cumsum(0) - self.lengths)[rows]
-        own_starts = lengths.cumsum(0) - lengths
-        return torch.arange(int(lengths.sum()), device=lengths.device) + torch.repeat_interleave(
-            starts - own_starts, lengths
-        )

@@ -1,4 +1,4 @@
-"""Advantage estimators for a goal that only the best of several samples reaches: pass@k, by the group as a whole."""
+"""Advantage estimators for pass@k, where the best of several samples counts."""
 
 from __future__ import annotations
 

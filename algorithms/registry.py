@@ -1,4 +1,4 @@
-"""Names under which methods are registered, so that a recipe can pick them and docs/algorithms.md can list them.
+"""Registries of methods by name, from which a recipe chooses and docs/algorithms.md is written.
 
 A user adds one from their own file (`algorithm.modules`) with the same decorators and names it in the recipe.
 """
@@ -18,17 +18,17 @@ from algorithms.inputs import BatchTokens
 
 
 class RegistryError(ValueError):
-    """A name that is unknown or taken, or switches that a method doesn't have."""
+    """A name that is unknown or taken, or options that a method doesn't have."""
 
 
 class Options(BaseModel):
-    """The switches of a method, each a field with a description. Methods without any take this class itself."""
+    """The options of a method, each a field with a description. Methods without any take this class itself."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Need(StrEnum):
-    """What a method needs besides rewards and log-probabilities; the orchestrator provides it where it is named."""
+    """What a method needs besides rewards and log-probabilities; the orchestrator provides it."""
 
     COMPONENTS = "components"
     """Rewards by component."""
@@ -44,12 +44,12 @@ class Need(StrEnum):
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method and what a reader should know of it.
+    """A registered method, with its formula, its source and when to use it.
 
     Attributes:
         name: as a recipe picks it.
         function: what computes it; called with its options last.
-        options: the class of its switches.
+        options: the class of its options.
         formula: in one line.
         source: the paper, with its number and equation.
         use_when: when to use it.
@@ -63,13 +63,13 @@ class Method:
     use_when: str = ""
 
     def read_options(self, values: Mapping[str, Any], setting: str = "options") -> Any:
-        """The switches as an instance of `options`.
+        """The options as an instance of `options`.
 
         Args:
             values: by name, as a recipe gives them.
             setting: where they stand in a recipe, for errors.
         Raises:
-            RegistryError: a switch is unknown or its value is wrong; names it, and what there is.
+            RegistryError: an option is unknown or its value is wrong; names it, and what there is.
         """
         try:
             return self.options.model_validate(dict(values))
@@ -86,11 +86,11 @@ class Method:
         known = list(self.options.model_fields)
         nearest = difflib.get_close_matches(place, known, n=1, cutoff=0.5)
         hint = f" Did you mean {nearest[0]}?" if nearest else ""
-        return f"{key} is not a switch of {self.name!r}.{hint} It has: {', '.join(known) or 'none'}."
+        return f"{key} is not an option of {self.name!r}.{hint} It has: {', '.join(known) or 'none'}."
 
 
 def _telling(error: ValidationError) -> list[dict[str, Any]]:
-    """The errors without the one that a list is too short where its entries have errors of their own."""
+    """The errors, without "the list is too short" where entries of the list have errors of their own."""
     found: list[dict[str, Any]] = [dict(each) for each in error.errors()]
     inner = {each["loc"][:depth] for each in found for depth in range(len(each["loc"]))}
     return [each for each in found if each["type"] != "too_short" or each["loc"] not in inner]
@@ -312,7 +312,7 @@ def method(
 def incompatibility(estimator: AdvantageEstimator, loss: PolicyLoss) -> str | None:
     """Why an advantage estimator and a policy loss can't be combined; None where they can."""
     if not loss.uses_rollouts:
-        return f"the loss {loss.name} imitates given answers and takes no reward, so no advantage plays a part"
+        return f"the loss {loss.name} imitates given answers and uses neither rewards nor advantages"
     if estimator.level == "token" and loss.unit == "sequence":
         return (
             f"the loss {loss.name} has one ratio for a whole sequence and can carry only one advantage a sequence, but "

@@ -1,7 +1,7 @@
 """Returns along the tokens of a sample, and the advantage estimators that give one advantage a token.
 
-Only tokens the policy chose take part: a recursion steps from one of them to the next, over whatever a tool or an
-environment wrote between them, and token rewards elsewhere mean nothing.
+Only tokens that the policy chose count: a recursion steps from one to the next, over tokens that a tool or an
+environment wrote between them, whose token rewards are ignored.
 """
 
 from __future__ import annotations
@@ -137,9 +137,9 @@ def generalised_advantages(inputs: AdvantageInputs, discount: float, trace_decay
 
 
 class GAEOptions(Options):
-    """How far ahead credit reaches."""
+    """Discounts of later rewards."""
 
-    discount: float = Field(1.0, ge=0.0, le=1.0, description="Gamma: what a reward one token later is worth.")
+    discount: float = Field(1.0, ge=0.0, le=1.0, description="Gamma: weight of a reward one token later.")
     trace_decay: float = Field(
         0.95, ge=0.0, le=1.0, description="Lambda: 1 trusts returns alone, 0 the critic's next value alone."
     )
@@ -153,7 +153,7 @@ class GAEOptions(Options):
     needs=frozenset({Need.VALUES}),
     formula="Aₜ = δₜ + γλ·Aₜ₊₁, δₜ = rₜ + γ·V(sₜ₊₁) − V(sₜ)",
     source="GAE, arXiv 1506.02438, eq. 11 to 16",
-    use_when="A critic is worth its cost: long completions, dense rewards, one sample a prompt.",
+    use_when="Long completions, dense rewards or one sample a prompt, which are worth the cost of a critic.",
 )
 def gae(inputs: AdvantageInputs, options: GAEOptions) -> Tensor:
     """:func:`generalised_advantages`, then whitened over all action tokens of the batch, if so chosen.
@@ -167,9 +167,9 @@ def gae(inputs: AdvantageInputs, options: GAEOptions) -> Tensor:
 
 
 class DiscountOptions(Options):
-    """How far ahead credit reaches."""
+    """Discounts of later rewards."""
 
-    discount: float = Field(1.0, ge=0.0, le=1.0, description="Gamma: what a reward one token later is worth.")
+    discount: float = Field(1.0, ge=0.0, le=1.0, description="Gamma: weight of a reward one token later.")
 
 
 @advantage_estimator(

@@ -1,4 +1,4 @@
-"""From several reward components of a sample to the one reward that it is trained on."""
+"""Combines the reward components of a sample to the one reward that it is trained on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STD_EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class CombinationInputs:
-    """Reward components of a batch. A component with weight 0 is only recorded: no combination looks at it.
+    """Reward components of a batch. A component with weight 0 is recorded and enters no combination.
 
     Attributes:
         components: [samples, components] float64; anything where `is_present` is False.
@@ -59,18 +59,18 @@ def combine_rewards(name: str, inputs: CombinationInputs, options: Mapping[str, 
     Args:
         name: a registered reward combination.
         inputs: the components.
-        options: its switches.
+        options: of the method, by name.
     Returns:
         [samples] float64, finite.
     Raises:
-        RegistryError: no such combination, or no such switch.
+        RegistryError: no such combination, or no such option.
         NonFiniteError: a component that is present, or a reward made of them, is NaN or infinite; names the place.
         ValueError: shapes differ, or a sample has no component to be rewarded by; names it.
     """
     combination = REWARD_COMBINATIONS.get(name)
-    switches = combination.read_options(options or {}, "algorithm.combination_options")
+    method_options = combination.read_options(options or {}, "algorithm.combination_options")
     _check(inputs)
-    rewards = combination.function(inputs, switches)
+    rewards = combination.function(inputs, method_options)
     require_finite(f"the reward by {name!r}", rewards, index_name="sample")
     return rewards
 
@@ -91,7 +91,7 @@ def component_means(inputs: CombinationInputs) -> dict[str, float]:
     "weighted_sum",
     formula="r = Σ w c",
     source="linear scalarisation",
-    use_when="The usual choice: components of known scales, whose trade-off the weights say.",
+    use_when="The usual choice: components of known scales, traded off by their weights.",
 )
 def weighted_sum(inputs: CombinationInputs, options: Options) -> Tensor:
     """sum of weight times component, over the components the sample has.
@@ -117,7 +117,7 @@ class NormalisedOptions(Options):
     options=NormalisedOptions,
     formula="r = Σ w (c − mean) / (std + 1e-6)",
     source="GDPO, arXiv 2601.05242, the normalisation of each reward before they are summed",
-    use_when="Components of different or unknown scales, so that none drowns the others.",
+    use_when="Components of different or unknown scales, so that each keeps its influence.",
 )
 def normalised(inputs: CombinationInputs, options: NormalisedOptions) -> Tensor:
     """Weighted sum of components, each less its mean and divided by its standard deviation (n - 1) plus 1e-6.
@@ -153,7 +153,7 @@ def normalised(inputs: CombinationInputs, options: NormalisedOptions) -> Tensor:
     use_when="Every component must be good, on one common scale.",
 )
 def minimum(inputs: CombinationInputs, options: Options) -> Tensor:
-    """The smallest of the components the sample has. Their weights must be 1, or 0 for one that isn't to count.
+    """The smallest of the components the sample has. Weights must be 1, or 0 for a component that is left out.
 
     Returns:
         [samples] float.
@@ -163,7 +163,7 @@ def minimum(inputs: CombinationInputs, options: Options) -> Tensor:
     if not bool(((inputs.weights == 0) | (inputs.weights == 1)).all()):
         raise ValueError(
             f"algorithm.combination = minimum takes no weights, but the components' are {inputs.weights.tolist()}. "
-            "Set them to 1 (or 0, for one that isn't to count), or use tchebycheff."
+            "Set them to 1 (0 leaves a component out), or use tchebycheff."
         )
     _require_component(inputs.counts)
     return inputs.components.masked_fill(~inputs.counts, torch.inf).amin(-1)
@@ -226,7 +226,7 @@ def smooth_tchebycheff(inputs: CombinationInputs, options: SmoothTchebycheffOpti
 
 
 class GatedOptions(Options):
-    """The gates, and what a sample gets that doesn't pass them."""
+    """The gates, and the reward of a sample that a gate stops."""
 
     gates: dict[str, float] = Field(min_length=1, description="Thresholds that components must reach, by name.")
     floor: float = Field(0.0, description="The reward of a sample that a gate stops.")
@@ -257,7 +257,7 @@ def gated(inputs: CombinationInputs, options: GatedOptions) -> Tensor:
         sample, gate = absent[0].tolist()
         raise ValueError(
             f"the reward component {inputs.names[columns[gate]]!r} is a gate, but sample {sample} has no value for it "
-            f"({len(absent)} missing). Whether it passes can't be guessed: report the component for every sample."
+            f"({len(absent)} missing). A gate needs a value of every sample: report one for each."
         )
     thresholds = inputs.components.new_tensor(list(options.gates.values()))
     passes = (inputs.components[:, columns] >= thresholds).all(-1)
@@ -315,7 +315,7 @@ def _distances(inputs: CombinationInputs, options: TchebycheffOptions) -> Tensor
     if bool((inputs.weights < 0).any()):
         raise ValueError(
             f"a Tchebycheff distance takes weights of at least 0, but the components' are {inputs.weights.tolist()}. "
-            "Turn the sign of the component itself."
+            "Change the sign of the component itself."
         )
     _require_component(inputs.counts)
     if isinstance(options.ideal, dict):

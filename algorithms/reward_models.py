@@ -1,4 +1,4 @@
-"""Losses that train a reward model's scores: on pairs, with ties, on rankings, and together with written critiques."""
+"""Reward-model losses: on pairs, on pairs with ties, on rankings, and on scores with written critiques."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from algorithms.preferences.pairs import PairOptions, pair_weights, pairs_from_g
 from algorithms.registry import REWARD_MODEL_LOSSES, Options, method
 
 PAD_SCORE = -1e30
-"""Score of the places that fill up a short ranking; finite, so that its gradient is 0 and not NaN."""
+"""Score of the places that pad a short ranking; finite, so that its gradient is 0 and not NaN."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class PairScores:
 
 @dataclass(frozen=True)
 class RankedScores:
-    """Scores of several answers to each prompt, which annotators put in order. A prompt's answers stay together.
+    """Scores of several answers to each prompt, which annotators ranked. The answers to a prompt stand together.
 
     Attributes:
         scores: [answers] float, the reward model's; carries the gradient.
@@ -98,7 +98,7 @@ class RankedScores:
 
 
 class BradleyTerryOptions(Options):
-    """Switches of the Bradley-Terry loss."""
+    """Options of the Bradley-Terry loss."""
 
     has_margin: bool = Field(True, description="Take the pairs' margins into account, where they are given.")
     centring: float = Field(
@@ -107,23 +107,25 @@ class BradleyTerryOptions(Options):
 
 
 class TieOptions(Options):
-    """Switches of the losses that know ties."""
+    """Options of the losses that know ties."""
 
     model: Literal["rao_kupper", "davidson"] = Field(
         "rao_kupper", description="Ties by a threshold that a difference must pass, or by the geometric mean."
     )
-    tie_chance: float = Field(0.5, gt=0.0, lt=1.0, description="Chance that answers of equal score are called a tie.")
+    tie_chance: float = Field(
+        0.5, gt=0.0, lt=1.0, description="Probability that answers of equal score are called a tie."
+    )
     centring: float = Field(0.0, ge=0.0, description="Weight of (r_c + r_r)², which keeps scores around 0.")
 
 
 class RankingOptions(Options):
-    """Switches of the losses on rankings."""
+    """Options of the losses on rankings."""
 
     centring: float = Field(0.0, ge=0.0, description="Weight of the squared mean score of each prompt's answers.")
 
 
 class CritiqueOptions(BradleyTerryOptions):
-    """Switches of the loss with critiques."""
+    """Options of the loss with critiques."""
 
     critique_weight: float = Field(1.0, ge=0.0, description="Weight of the critiques' loss (the paper's lambda).")
 
@@ -155,8 +157,8 @@ def _bradley_terry_values(scores: PairScores, has_margin: bool) -> Tensor:
         difference = difference - scores.margins
     if scores.is_tie is not None and bool(scores.is_tie.any()):
         raise ValueError(
-            f"{int(scores.is_tie.sum())} pairs are ties, which the Bradley-Terry model has no chance for: leave them "
-            "out, or choose the loss bradley_terry_ties"
+            f"{int(scores.is_tie.sum())} pairs are ties, to which the Bradley-Terry model gives no probability: leave "
+            "them out, or choose the loss bradley_terry_ties"
         )
     return -logsigmoid(difference)
 
@@ -186,7 +188,7 @@ def bradley_terry(scores: PairScores, options: BradleyTerryOptions) -> Preferenc
 
 
 def tie_log_chances(difference: Tensor, options: TieOptions) -> tuple[Tensor, Tensor]:
-    """Log-chances that the first of two answers is preferred, and that they tie.
+    """Log-probabilities that the first of two answers is preferred, and that they tie.
 
     With p the tie's chance between equals. Rao-Kupper (1967), theta = (1 + p) / (1 - p), a = log theta:
     win = sigmoid(d - a), tie = (theta^2 - 1) sigmoid(d - a) sigmoid(-d - a).
@@ -214,10 +216,10 @@ def tie_log_chances(difference: Tensor, options: TieOptions) -> tuple[Tensor, Te
     formula="−log P(win) or −log P(tie): win = σ(d − a), tie = (e²ᵃ − 1) σ(d − a) σ(−d − a),  d = r_c − r_r; "
     "or win : tie : loss = e^{d/2} : 2ν : e^{−d/2}",
     source="Rao and Kupper, 1967, and Davidson, 1970; in preference learning Chen et al., arXiv 2409.17431",
-    use_when="Annotators may call a tie; ties pull scores together instead of being thrown away.",
+    use_when="Annotators may call a tie; ties draw scores together and stay in the data.",
 )
 def bradley_terry_ties(scores: PairScores, options: TieOptions) -> PreferenceOutcome:
-    """Negative log-chance of what annotators said, a preference or a tie; see :func:`tie_log_chances`.
+    """Negative log-probability of the annotators' verdict, a preference or a tie; see :func:`tie_log_chances`.
 
     Rao and Kupper (1967) or Davidson (1970), as used in preference learning by Chen et al. (arXiv 2409.17431). Without
     `is_tie` every pair is a preference.
@@ -291,7 +293,7 @@ def ranking_pairs(ranked: RankedScores, options: RankingOptions) -> PreferenceOu
     use_when="Full rankings without ties, taken as one choice after another instead of as independent pairs.",
 )
 def plackett_luce(ranked: RankedScores, options: RankingOptions) -> PreferenceOutcome:
-    """Negative log-chance of the ranking as successive choices of the best of what is left, a mean over the choices.
+    """Negative log-probability of the ranking as successive choices of the best answer left, a mean over the choices.
 
     -1 / (K - 1) sum_k [r_(k) - log sum_{j >= k} exp r_(j)], r_(k) the score of the answer in place k (Plackett, 1975).
     The last choice has one answer and costs nothing. With two answers it is Bradley-Terry.
@@ -311,7 +313,7 @@ def plackett_luce(ranked: RankedScores, options: RankingOptions) -> PreferenceOu
     if bool(is_tie.any()):
         prompt = int(unique[row[1:][is_tie][0]])
         raise ValueError(
-            f"answers to prompt {prompt} share a place, which Plackett-Luce has no chance for: break the tie, or "
+            f"answers to prompt {prompt} share a place, to which Plackett-Luce gives no probability: break the tie, or "
             "choose the loss ranking_pairs"
         )
     longest = int(counts.max()) if len(counts) else 0
@@ -351,10 +353,10 @@ def critique(scores: PairScores, options: CritiqueOptions) -> PreferenceOutcome:
 def reward_model_outcome(
     name: str, inputs: PairScores | RankedScores, options: Options | dict[str, object]
 ) -> PreferenceOutcome:
-    """The registered reward-model loss `name` on `inputs`, with its switches by name or as read before.
+    """The registered reward-model loss `name` on `inputs`, with its options by name or as read before.
 
     Raises:
-        RegistryError: no such loss, or no such switch.
+        RegistryError: no such loss, or no such option.
         NonFiniteError: a loss is NaN or infinite although its inputs are finite; names the pair or prompt.
     """
     entry = REWARD_MODEL_LOSSES.get(name)

@@ -1,5 +1,5 @@
-"""Adjustments of a reward for the completion's length and repetitions, and which samples and groups are worth training
-on. Weights by difficulty are with the advantages."""
+"""Adjusts rewards by the completion's length and repetitions, and selects tokens and groups to train on. Weights by
+difficulty are in estimation.py."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ def shape_rewards(name: str, inputs: ShapingInputs, options: Mapping[str, Any] |
     Args:
         name: a registered reward shape.
         inputs: the rewards and their completions.
-        options: its switches.
+        options: of the method, by name.
     Returns:
         [samples] float64, finite.
     Raises:
-        RegistryError: no such shape, or no such switch.
+        RegistryError: no such shape, or no such option.
         NonFiniteError: a reward is NaN or infinite, before or after; names the sample.
-        ValueError: shapes differ, or a switch doesn't go with `max_tokens`.
+        ValueError: shapes differ, or an option is out of the bounds that `max_tokens` sets.
     """
     shape = REWARD_SHAPES.get(name)
-    switches = shape.read_options(options or {}, "algorithm.shaping.*.options")
+    method_options = shape.read_options(options or {}, "algorithm.shaping.*.options")
     _check(inputs)
-    rewards = shape.function(inputs, switches)
+    rewards = shape.function(inputs, method_options)
     require_finite(f"the reward shaped by {name!r}", rewards, index_name="sample")
     return rewards
 
 
 class OverlongOptions(Options):
-    """Where the penalty begins, and how large it gets."""
+    """Where the penalty begins, and its full size."""
 
     cache_tokens: int = Field(
         ge=1, description="Tokens before the limit over which the penalty grows to its full size."
@@ -74,7 +74,7 @@ class OverlongOptions(Options):
     options=OverlongOptions,
     formula="r − penalty · clip((L − (L_max − L_cache)) / L_cache, 0, 1)",
     source="DAPO, arXiv 2503.14476, eq. 13",
-    use_when="Completions run into the limit on tokens, and should be a little shorter rather than cut.",
+    use_when="Completions reach the token limit and should end a little before it.",
 )
 def overlong(inputs: ShapingInputs, options: OverlongOptions) -> Tensor:
     """Reward less a penalty that grows over the last tokens before the limit (DAPO, arXiv 2503.14476, eq. 13).
@@ -96,7 +96,7 @@ def overlong(inputs: ShapingInputs, options: OverlongOptions) -> Tensor:
 
 
 class CosineLengthOptions(Options):
-    """What right and wrong completions get at length 0 and at the limit."""
+    """Rewards of right and wrong completions at length 0 and at the limit."""
 
     correct_from: float = Field(0.5, description="Reward from which a completion counts as right.")
     correct_at_zero: float = Field(2.0, description="Reward of a right completion of no length.")
@@ -112,7 +112,7 @@ class CosineLengthOptions(Options):
     options=CosineLengthOptions,
     formula="r = r_L + (r₀ − r_L)(1 + cos(π L / L_max)) / 2, by right and wrong",
     source="Yeo et al., arXiv 2502.03373, the cosine reward",
-    use_when="A right-or-wrong reward whose completions should be short when right and take their time when wrong.",
+    use_when="A right-or-wrong reward, where right completions should be short and wrong ones long.",
 )
 def cosine_length(inputs: ShapingInputs, options: CosineLengthOptions) -> Tensor:
     """A reward by length in place of the right-or-wrong one (Yeo et al., arXiv 2502.03373).
@@ -133,12 +133,12 @@ def cosine_length(inputs: ShapingInputs, options: CosineLengthOptions) -> Tensor
 
 
 class RepetitionOptions(Options):
-    """What counts as a repetition, and what it costs."""
+    """What counts as a repetition, and its penalty."""
 
     ngram_tokens: int = Field(40, ge=1, description="Tokens of a sequence that counts as repeated.")
-    penalty: float = Field(1.0, gt=0.0, description="What a completion of nothing but repetitions would lose.")
+    penalty: float = Field(1.0, gt=0.0, description="Penalty of a completion of repetitions alone.")
     spared_from: float | None = Field(
-        None, description="Reward from which a completion loses nothing; none for no such reward."
+        None, description="Reward from which a completion has no penalty; none for no such reward."
     )
 
 
@@ -208,7 +208,7 @@ def overlong_filter(mask: Tensor, sample: Tensor, is_truncated: Tensor) -> Tenso
 
 
 def informative_groups(rewards: Tensor, group: Tensor, *, tolerance: float = 1e-9) -> Tensor:
-    """Whether a group's rewards differ, so that comparing them teaches something (DAPO, arXiv 2503.14476, eq. 11).
+    """Whether a group's rewards differ, so that its advantages are not all zero (DAPO, arXiv 2503.14476, eq. 11).
 
     Args:
         rewards: [samples] float, finite.

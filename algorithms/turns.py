@@ -1,4 +1,4 @@
-"""Credit by turn: the same estimators over turns of the policy in place of whole samples."""
+"""Credit by turn: applies the same estimators to each turn of the policy instead of whole samples."""
 
 from __future__ import annotations
 

@@ -42,8 +42,7 @@ INTRODUCTION = """# Algorithms
 
 Written by `scripts/write_algorithms_doc.py` from the registries in `algorithms/registry.py`; don't edit.
 
-What a run learns is put together from independent choices, each a method picked by name in the recipe, each with its
-own switches:
+A recipe chooses independently of each other the methods below, by name, each with options of its own:
 
     algorithm:
       combination: weighted_sum          # reward components -> one reward
@@ -56,9 +55,9 @@ own switches:
       kl: {coefficient: 0.02, estimator: k3}
       correction: {method: token_truncated, options: {high: 2.0}}
 
-Denominators are always those of the whole batch, over all micro-batches and ranks, so that neither changes the result.
-A name or switch that doesn't exist, and choices that don't go together, are refused before anything starts, with the
-reason. `algorithm.modules` names Python files of your own; a method is added there with the decorator of its kind:
+Denominators are those of the whole batch, over all micro-batches and ranks, so that neither changes the result.
+A name or an option that doesn't exist, and methods that can't be combined, are refused before anything starts, with
+the reason. `algorithm.modules` names Python files of your own; a method is added there with the decorator of its kind:
 
     from algorithms.inputs import AdvantageInputs
     from algorithms.registry import Options, advantage_estimator
@@ -82,15 +81,15 @@ SECTIONS: tuple[tuple[str, str, Registry[Any]], ...] = (
     ("Rollout corrections", "For the gap between generator and trainer, and for staleness (`algorithm.correction`). "
      "`algorithm.correction.veto` adds to any of them: a sequence with one token whose ratio is below it is left out.",
      CORRECTIONS),
-    ("Gradient combinations", "Many objectives kept apart up to their gradients (`algorithm.gradient_combination`): "
-     "weights computed from the Gram matrix of the gradients, which is summed over ranks (`famo`: from the rewards). "
+    ("Gradient combinations", "Weights of the gradients of several objectives (`algorithm.gradient_combination`): "
+     "computed from the Gram matrix of the gradients, which is summed over ranks (`famo`: from the rewards). "
      "The gradient of KL and entropy is added unweighed. Losses that rank the batch (`clip_cov`, `kl_cov`, `m2po`) do "
      "so once, by the advantages of the summed reward.",
      GRADIENT_COMBINATIONS),
-    ("Preference losses", "From answers that were preferred, or labelled, offline or made of rollouts.",
+    ("Preference losses", "Losses on answers that were preferred or labelled, from a data set or from rollouts.",
      PREFERENCE_LOSSES),
     ("Image negatives", "Worse images for preference losses that compare images.", IMAGE_NEGATIVES),
-    ("Reward-model losses", "What reward models and critics are trained with.", REWARD_MODEL_LOSSES),
+    ("Reward-model losses", "How a reward model's scores are trained.", REWARD_MODEL_LOSSES),
 )  # fmt: skip
 
 
@@ -116,16 +115,16 @@ def undocumented() -> list[str]:
 
 def _table(registry: Registry[Any]) -> str:
     rows = "\n".join(_row(registry.get(name)) for name in registry)
-    return f"| Name | Formula | Source | Switches | When |\n|---|---|---|---|---|\n{rows}\n"
+    return f"| Name | Formula | Source | Options | When |\n|---|---|---|---|---|\n{rows}\n"
 
 
 def _row(method: Method) -> str:
     when = " ".join(filter(None, (method.use_when, *_traits(method))))
-    cells = (f"`{method.name}`", method.formula, method.source, _switches(method), when)
+    cells = (f"`{method.name}`", method.formula, method.source, _options(method), when)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _switches(method: Method) -> str:
+def _options(method: Method) -> str:
     found = [
         f"`{setting.key}` ({'required' if setting.is_required else _default(setting.default)}): {setting.description}"
         for setting in settings(method.options)
@@ -179,7 +178,7 @@ def _refused() -> str:
             reason = incompatibility(ADVANTAGE_ESTIMATORS.get(advantage), POLICY_LOSSES.get(loss))
             if reason:
                 by_reason.setdefault(reason, []).append(f"`{advantage}` × `{loss}`")
-    return "All others go together.\n\n" + "\n".join(
+    return "All other pairs can be combined.\n\n" + "\n".join(
         f"- {', '.join(pairs)}: {reason}." for reason, pairs in by_reason.items()
     ) + "\n"  # fmt: skip
 

@@ -19,7 +19,7 @@ A run is described by a recipe, a YAML file (`recipes/`), and by overrides on th
 
     counterpoint train recipes/digits.yaml trainer.learning_rate=3e-4 rollout.max_staleness=1
 
-- A key that isn't in these tables, a value of another type, or settings that can't go together are refused before
+- A key that isn't in these tables, a value of another type, or settings that can't work together are refused before
   anything starts, all problems at once. `counterpoint check RECIPE` only looks.
 - Values of overrides are YAML. An entry of a list is reached by its index (`reward.components.0.weight=2`), or the
   whole list is given (`trainer.betas=[0.9, 0.99]`). `evaluation={}` puts a section back to its defaults.

@@ -1,1 +1,1 @@
-"""Many objectives kept apart up to their gradients: inner products over ranks, weights, and their combination."""
+"""Gradients of several objectives: their inner products over ranks, their weights, and their weighted sum."""

@@ -1,4 +1,4 @@
-"""FAMO: weights of many losses from how fast each falls. Needs no gradient of any single one of them."""
+"""FAMO: weights of several losses from how fast each falls, without the gradient of any single loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOSS_FLOOR = 1e-8
 
 @dataclass(frozen=True)
 class FAMOState:
-    """What FAMO carries from step to step, and a checkpoint must keep.
+    """FAMO's state from step to step, which checkpoints hold.
 
     Attributes:
         logits: ξ of each objective; all zero, equal shares, before the first step.
@@ -32,7 +32,7 @@ class FAMOState:
 
 
 class FAMOOptions(Options):
-    """Switches of FAMO."""
+    """Options of FAMO."""
 
     rate: float = Field(0.025, gt=0, description="Step size β of the logits.")
     decay: float = Field(0.001, ge=0, description="Pull γ of the logits towards equal shares.")
@@ -49,7 +49,7 @@ def famo_weights(losses: Tensor, state: FAMOState, options: FAMOOptions) -> Tens
         losses: [K] float, each at least `options.lower_bound`. Of a policy, something that falls to the bound as it
             gets better: the best possible reward less the mean one, not the surrogate whose gradient is taken.
         state: the logits.
-        options: switches.
+        options: of the method.
     Returns:
         [K] float64, positive, summing to 1.
     Raises:
@@ -71,7 +71,7 @@ def famo_update(state: FAMOState, losses_before: Tensor, losses_after: Tensor, o
         state: the logits before.
         losses_before, losses_after: [K] float, on the same samples before and after the parameters moved. Batch means
             of one step and the next stand in where a second evaluation costs too much, with the batches' noise.
-        options: switches.
+        options: of the method.
     Returns:
         The new state.
     Raises:

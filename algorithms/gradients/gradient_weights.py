@@ -1,8 +1,8 @@
-"""Many objectives at the gradient level: weights of the combination Σ_k w_k g_k of the gradients of K losses.
+"""Methods that weigh the gradients of several objectives: the w_k of the sum Σ_k w_k g_k over K losses.
 
 Every method here but FAMO sees the gradients only through their Gram matrix G_ij = <g_i, g_j>, a sum over parameters:
 under ZeRO each rank adds up its own shard, the K × K sums are all-reduced, and every rank computes the same weights.
-FAMO sees losses instead. What holds the gradients, and when they are made, is the trainer's affair.
+FAMO takes losses instead. The trainer computes and holds the gradients (actors/trainer/gradient_combiner.py).
 
 Gradients are of losses, so training steps along minus the combination. A gradient that is exactly zero (a reward all of
 whose groups were equal) has no say: the methods leave it out, where the papers divide by its norm or stop at it. The
@@ -49,7 +49,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class GradientInputs:
-    """What a gradient combination sees of one step; the same on every rank.
+    """Inputs of a gradient combination at one step; the same on every rank.
 
     Attributes:
         gram: [K, K] float, G_ij = <g_i, g_j> over all parameters, symmetric.
@@ -88,11 +88,11 @@ def gradient_weights(name: str, inputs: GradientInputs, options: Mapping[str, An
     Args:
         name: a registered gradient combination.
         inputs: what it sees of the step.
-        options: its switches.
+        options: of the method, by name.
     Returns:
         [K] float64 on the CPU, finite.
     Raises:
-        RegistryError: no such combination, or no such switch.
+        RegistryError: no such combination, or no such option.
         NonFiniteError: a loss or a weight is NaN or infinite; names the objective.
     """
     combination = GRADIENT_COMBINATIONS.get(name)
@@ -102,7 +102,7 @@ def gradient_weights(name: str, inputs: GradientInputs, options: Mapping[str, An
 
 
 class MGDAOptions(Options):
-    """Switches of MGDA."""
+    """Options of MGDA."""
 
     normalise: bool = Field(
         False,
@@ -132,7 +132,7 @@ def mgda(inputs: GradientInputs, options: MGDAOptions) -> Tensor:
 
     Args:
         inputs: `gram`.
-        options: switches.
+        options: of the method.
     Returns:
         [K] float64, not negative, summing to 1; all zero where every gradient is.
     """
@@ -149,7 +149,7 @@ def mgda(inputs: GradientInputs, options: MGDAOptions) -> Tensor:
 
 
 class PCGradOptions(Options):
-    """Switches of PCGrad."""
+    """Options of PCGrad."""
 
     seed: int = Field(0, ge=0, lt=2**31, description="Of the orders in which conflicts are projected away.")
     reduction: Literal["sum", "mean"] = Field(
@@ -174,7 +174,7 @@ def pcgrad(inputs: GradientInputs, options: PCGradOptions) -> Tensor:
 
     Args:
         inputs: `gram` and `step`.
-        options: switches.
+        options: of the method.
     Returns:
         [K] float64, at least 1 each (1 / K for "mean"); 1 for a single objective.
     """
@@ -207,7 +207,7 @@ def project_conflicts(gram: Tensor, orders: Tensor) -> Tensor:
 
 
 class CAGradOptions(Options):
-    """Switches of CAGrad."""
+    """Options of CAGrad."""
 
     c: float = Field(
         0.4, ge=0, lt=1, description="How far the step may be from the mean gradient, as a share of its length."
@@ -233,7 +233,7 @@ def cagrad(inputs: GradientInputs, options: CAGradOptions) -> Tensor:
 
     Args:
         inputs: `gram`.
-        options: switches.
+        options: of the method.
     Returns:
         [K] float64, positive; 1 / K each for c = 0 and where the mean gradient is zero; 1 + c for a single objective.
     """
@@ -321,7 +321,7 @@ def famo(inputs: GradientInputs, options: FAMOOptions) -> Tensor:
 
     Args:
         inputs: `losses`, and `famo`, the state.
-        options: switches.
+        options: of the method.
     Returns:
         [K] float64, positive, summing to 1. The Gram matrix plays no part.
     Raises:

@@ -1,5 +1,5 @@
-"""Gradients of K losses as each rank holds them: shards of the same parameters, K times. Their inner products over all
-ranks, and their combination in place."""
+"""Gradients of K losses in the shards that each rank holds: their inner products over all ranks, and their weighted sum
+in place."""
 
 from __future__ import annotations
 

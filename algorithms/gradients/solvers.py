@@ -1,5 +1,6 @@
-"""The small problems behind gradient_weights.py, over unit gradients: [K, K] cosines in, coefficients out. float64,
-on the CPU, a handful of unknowns; every routine ends after a bounded number of iterations and never divides by zero.
+"""Solvers of the problems in gradient_weights.py, over unit gradients: [K, K] cosines in, coefficients out.
+
+They work in float64 on the CPU; every solver ends after a bounded number of iterations and never divides by zero.
 
 Unit gradients keep objectives whose norms differ by sixteen orders of magnitude apart from the arithmetic: norms enter
 only as `inverse_norms`, the smallest norm over each, in (0, 1].

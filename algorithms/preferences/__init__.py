@@ -1,1 +1,1 @@
-"""What is learned from answers that were preferred or labelled: losses on text and images, pairs, and worse images."""
+"""Preference losses on text and images, pairs of answers, and worse images."""

@@ -12,7 +12,7 @@ from algorithms.registry import IMAGE_NEGATIVES, Options, method
 
 
 class PGDOptions(Options):
-    """Switches of PGD."""
+    """Options of PGD."""
 
     epsilon: float = Field(4 / 255, gt=0.0, le=1.0, description="Largest change of any value; values span 0 to 1.")
     step: float = Field(1 / 255, gt=0.0, le=1.0, description="Change of each value in a step.")

@@ -24,14 +24,14 @@ from algorithms.preferences.text import BetaOptions, log_ratio_margin, paired_ou
 
 
 class ScaledBetaOptions(BetaOptions):
-    """The switches of losses that scale beta, within bounds."""
+    """The options of losses that scale beta, within bounds."""
 
     least_scale: float = Field(0.1, gt=0.0, le=1.0, description="Beta never falls below this share of itself.")
     most_scale: float = Field(10.0, ge=1.0, description="Beta never rises above this multiple of itself.")
 
 
 class MMDPOOptions(ScaledBetaOptions):
-    """Switches of MM-DPO."""
+    """Options of MM-DPO."""
 
     strength: float = Field(
         0.5, ge=0.0, description="How far a large margin raises beta: up to 1 + strength times (the paper's w)."
@@ -41,7 +41,7 @@ class MMDPOOptions(ScaledBetaOptions):
 
 
 class DAMAOptions(ScaledBetaOptions):
-    """Switches of DAMA."""
+    """Options of DAMA."""
 
     is_data_aware: bool = Field(True, description="Scale beta by the pair's own hardness, from `reward_margins`.")
     is_model_aware: bool = Field(True, description="Scale beta by how well the model tells the batch's pairs apart.")
@@ -66,7 +66,7 @@ def _reward_margins(inputs: PreferenceInputs, name: str) -> Tensor:
     needs=frozenset({"reward_margins"}),
     formula="−log σ(β(δ) h),  β(δ) = clamp(β₀ (1 + w (1 − e^(−kδ))))",
     source="Zhang et al., MM-RLHF, arXiv 2502.10391, dynamic reward scaling",
-    use_when="Pairs with a reward model's margin you trust: clear pairs pull harder than doubtful ones.",
+    use_when="Pairs with a reward model's margin you trust: clear pairs weigh more than doubtful ones.",
 )
 def mm_dpo(inputs: PreferenceInputs, options: MMDPOOptions) -> PreferenceOutcome:
     """MM-DPO: DPO whose beta grows with the reward margin delta of the pair (Zhang et al., arXiv 2502.10391).
@@ -194,7 +194,7 @@ def _beta_scale(inputs: PreferenceInputs, options: DAMAOptions, state: Hardness)
     initial_state=_first_hardness,
     formula="−log σ(β α_D α_M h),  α_D = σ(δ)/σ(mean δ),  α_M = σ(R_batch)/σ(mean R),  R = β h",
     source="Lu et al., arXiv 2502.01943, eqs. 6, 12, 15 and 16",
-    use_when="Pairs of very different hardness: easy ones are held back, hard ones let loose.",
+    use_when="Pairs of very different hardness: beta is larger for easy pairs and smaller for hard ones.",
 )
 def dama(inputs: PreferenceInputs, options: DAMAOptions) -> PreferenceOutcome:
     """DAMA: beta scaled by how easy the pair is and by how well the model tells pairs apart (arXiv 2502.01943).

@@ -1,4 +1,4 @@
-"""Worse images for preference losses: from a true image one that supports its answer less. Adversarial ones are in
+"""Worse images for preference losses: each supports its answer less than the true image. Adversarial ones are in
 adversarial_images.py.
 
 Images are [B, C, H, W] floats in 0..1, before the processor's normalisation; images of different sizes go in one at a
@@ -89,9 +89,9 @@ def negative_images(name: str, inputs: ImageInputs, options: Mapping[str, Any] |
     """Worse images, made by the registered method `name`.
 
     Args:
-        options: its switches, by name or as read before.
+        options: of the method, by name or as read before.
     Raises:
-        RegistryError: no such method, or no such switch.
+        RegistryError: no such method, or no such option.
         ValueError: the method can't make one of these images; gives the reason.
     """
     entry = IMAGE_NEGATIVES.get(name)
@@ -107,7 +107,7 @@ def _single(images: Tensor) -> Tensor:
 
 
 class CropOptions(Options):
-    """Switches of crop."""
+    """Options of crop."""
 
     least_share: float = Field(0.05, gt=0.0, lt=1.0, description="Least share of the image's area that is kept.")
     most_share: float = Field(0.2, gt=0.0, lt=1.0, description="Largest share of the image's area that is kept.")
@@ -148,7 +148,7 @@ def crop(inputs: ImageInputs, options: CropOptions) -> Tensor:
 
 
 class NoiseOptions(Options):
-    """Switches of noise."""
+    """Options of noise."""
 
     std: float = Field(0.5, gt=0.0, description="Standard deviation of the noise; pixel values span 0 to 1.")
 
@@ -172,7 +172,7 @@ def noise(inputs: ImageInputs, options: NoiseOptions) -> Tensor:
 
 
 class DiffusionOptions(Options):
-    """Switches of diffusion."""
+    """Options of diffusion."""
 
     step: int = Field(500, ge=1, le=1000, description="Steps of noising, of 1,000; at 1,000 nothing is left.")
 
@@ -200,7 +200,7 @@ def diffusion(inputs: ImageInputs, options: DiffusionOptions) -> Tensor:
 
 
 class BlurOptions(Options):
-    """Switches of blur."""
+    """Options of blur."""
 
     std: float = Field(8.0, gt=0.0, description="Standard deviation of the Gaussian, in pixels.")
 
@@ -233,13 +233,13 @@ def blur(inputs: ImageInputs, options: BlurOptions) -> Tensor:
 
 
 class BlankOptions(Options):
-    """Switches of blank."""
+    """Options of blank."""
 
     fill: Literal["mean", "black"] = Field("mean", description="The image's own mean colour, or black.")
 
 
 class MaskOptions(BlankOptions):
-    """Switches of mask."""
+    """Options of mask."""
 
     patch: int = Field(28, ge=1, description="Side of a patch, in pixels; the vision tower's own hides whole tokens.")
     share: float = Field(0.7, gt=0.0, le=1.0, description="Share of patches that are hidden; at least one is.")

@@ -1,7 +1,7 @@
-"""What preference losses are made of, and what they give: typed tensors, shapes in brackets.
+"""Inputs and outputs of preference losses: typed tensors, shapes in brackets.
 
-The losses are in text.py, unpaired.py and multimodal.py; none cares where its answers come from, a data
-set or the policy's own groups.
+The losses are in text.py, unpaired.py, multimodal.py, dynamic.py and spans.py. Answers come from a data set or from
+the policy's own groups.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ Sums = dict[str, Tensor]
 
 
 class BetaOptions(Options):
-    """The switch of losses with an implicit reward beta log(pi / pi_reference)."""
+    """The option of losses with an implicit reward beta log(pi / pi_reference)."""
 
-    beta: float = Field(
-        0.1, gt=0.0, description="Strength of the pull to the reference; the implicit reward's scale a nat."
-    )
+    beta: float = Field(0.1, gt=0.0, description="Strength of the pull to the reference: the implicit reward a nat.")
 
 
 class PreferenceState(Protocol):
@@ -38,7 +36,7 @@ class PreferenceState(Protocol):
 
 @dataclass(frozen=True)
 class AnswerTokens:
-    """Answers token by token, for losses that look inside. Rows are whole sequences; outside `mask` all is 0.
+    """Answers token by token, for losses on tokens. Rows are whole sequences; outside `mask` all is 0.
 
     Attributes:
         log_probs: [pairs, T] float, nats, of the policy being trained; carries the gradient.
@@ -96,7 +94,7 @@ class AnswerLogProbs:
             ValueError: there are no log-probabilities of the reference.
         """
         if self.reference is None:
-            raise ValueError("this loss compares with a reference: give `reference` log-probabilities of every answer")
+            raise ValueError("this loss needs a reference: give `reference` log-probabilities of every answer")
         return self.policy - self.reference
 
     def check(self, name: str, answers: int, index_name: str) -> None:
@@ -235,7 +233,7 @@ class UnpairedInputs:
         if self.desirability is not None:
             check_column("desirability", self.desirability, answers, "answer")
             if bool(((self.desirability <= 0) | (self.desirability >= 1)).any()):
-                raise ValueError("desirability is a chance: every one must be above 0 and below 1")
+                raise ValueError("desirability is a probability: every value must be above 0 and below 1")
 
     @property
     def answer_weights(self) -> Tensor:

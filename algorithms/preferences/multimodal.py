@@ -19,14 +19,14 @@ from algorithms.preferences.unpaired import RewardShift, shifted_classification
 
 
 class ImageDPOOptions(BetaOptions):
-    """Switches of Image-DPO."""
+    """Options of Image-DPO."""
 
     image_weight: float = Field(1.0, ge=0.0, description="Weight of the preference for the true image.")
     answer_weight: float = Field(0.0, ge=0.0, description="Weight of DPO on the two answers, beside it.")
 
 
 class MDPOOptions(BetaOptions):
-    """Switches of mDPO."""
+    """Options of mDPO."""
 
     image_weight: float = Field(1.0, ge=0.0, description="Weight of the preference for the true image.")
     anchor_weight: float = Field(1.0, ge=0.0, description="Weight of the anchor.")
@@ -36,7 +36,7 @@ class MDPOOptions(BetaOptions):
 
 
 class AdPOOptions(BetaOptions):
-    """Switches of AdPO."""
+    """Options of AdPO."""
 
     adversarial_weight: float = Field(
         1.0, ge=0.0, description="Weight of the chosen answer under the adversarial image (the paper's lambda)."
@@ -48,7 +48,7 @@ class AdPOOptions(BetaOptions):
 
 
 class HADPOOptions(BetaOptions):
-    """Switches of HA-DPO."""
+    """Options of HA-DPO."""
 
     nll_weight: float = Field(
         0.5, ge=0.0, description="Weight of the chosen answer's NLL a token (the paper's lambda)."
@@ -56,13 +56,13 @@ class HADPOOptions(BetaOptions):
 
 
 class MIADPOOptions(BetaOptions):
-    """Switches of MIA-DPO."""
+    """Options of MIA-DPO."""
 
     nll_weight: float = Field(0.1, ge=0.0, description="Weight of the chosen answer's NLL a token (the paper's gamma).")
 
 
 class MPOOptions(BetaOptions):
-    """Switches of MPO."""
+    """Options of MPO."""
 
     preference_weight: float = Field(0.8, ge=0.0, description="Weight of DPO, which of the two is better.")
     quality_weight: float = Field(0.2, ge=0.0, description="Weight of BCO, whether each is good.")

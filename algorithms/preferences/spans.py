@@ -1,5 +1,5 @@
-"""Preference losses that look inside the answers: weights on corrected spans, and a hierarchy of response, segment,
-token and image."""
+"""Preference losses on parts of answers: weights on corrected spans, and a hierarchy of response, segment, token and
+image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from algorithms.preferences.text import BetaOptions, log_ratio_margin, paired_ou
 
 
 class DDPOOptions(BetaOptions):
-    """Switches of dense DPO."""
+    """Options of dense DPO."""
 
     corrected_weight: float = Field(
         5.0, ge=0.0, description="Weight of a token in a corrected span; others weigh 1 (the paper's gamma)."
@@ -25,7 +25,7 @@ class DDPOOptions(BetaOptions):
 
 
 class CHiPOptions(BetaOptions):
-    """Switches of CHiP."""
+    """Options of CHiP."""
 
     image_weight: float = Field(1.0, ge=0.0, description="Weight of the preference for the true image.")
     segment_weight: float = Field(

@@ -1,4 +1,4 @@
-"""Preference losses on pairs of texts: from log-probabilities of preferred and other answers to a loss by pair.
+"""Preference losses on pairs of texts, from the log-probabilities of the chosen and the rejected answer.
 
 Losses on single answers with a label are in unpaired.py, the multimodal family is in
 multimodal.py; pairs from the policy's own groups are made in pairs.py.
@@ -30,13 +30,13 @@ MAX_TOKEN_MEAN = -1e-6
 
 
 class FlipOptions(BetaOptions):
-    """Switches of losses that expect wrong labels."""
+    """Options of losses that expect wrong labels."""
 
-    flip_rate: float = Field(0.1, ge=0.0, lt=0.5, description="Share of pairs whose label is the wrong way round.")
+    flip_rate: float = Field(0.1, ge=0.0, lt=0.5, description="Share of pairs whose label is wrong.")
 
 
 class IPOOptions(Options):
-    """Switches of IPO."""
+    """Options of IPO."""
 
     beta: float = Field(
         0.1, gt=0.0, description="Strength of the pull to the reference (the paper's tau); the margin aimed at is 1/2β."
@@ -47,7 +47,7 @@ class IPOOptions(Options):
 
 
 class SimPOOptions(Options):
-    """Switches of SimPO."""
+    """Options of SimPO."""
 
     beta: float = Field(2.0, gt=0.0, description="Scale of the reward, the mean log-probability a token.")
     gamma: float = Field(
@@ -56,7 +56,7 @@ class SimPOOptions(Options):
 
 
 class ORPOOptions(Options):
-    """Switches of ORPO."""
+    """Options of ORPO."""
 
     odds_weight: float = Field(0.1, ge=0.0, description="Weight of the odds-ratio term (the paper's lambda).")
 
@@ -67,9 +67,9 @@ def preference_outcome(
     """The registered preference loss `name` on `inputs`; starts its state where it has one and none is given.
 
     Args:
-        options: its switches, by name or as read before.
+        options: of the method, by name or as read before.
     Raises:
-        RegistryError: no such loss, or no such switch.
+        RegistryError: no such loss, or no such option.
         ValueError: the inputs lack something the loss needs, or are paired for an unpaired one; names it.
     """
     entry = PREFERENCE_LOSSES.get(name)
@@ -160,7 +160,7 @@ def dpo(inputs: PreferenceInputs, options: BetaOptions) -> PreferenceOutcome:
     use_when="Some labels are wrong and the margin should stop growing at log((1 − ε)/ε)/β.",
 )
 def cdpo(inputs: PreferenceInputs, options: FlipOptions) -> PreferenceOutcome:
-    """Conservative DPO, label smoothing: the cross-entropy with labels that are right with chance 1 - epsilon.
+    """Conservative DPO, label smoothing: the cross-entropy with labels that are right with probability 1 - epsilon.
 
     -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h) (Mitchell, "A note on DPO with noisy preferences and
     relationship to IPO", 2023). Least at beta h = log((1 - eps) / eps), so the margin stays bounded. DPO at eps = 0.
@@ -178,7 +178,7 @@ def cdpo(inputs: PreferenceInputs, options: FlipOptions) -> PreferenceOutcome:
     use_when="A known share of labels is flipped at random and the loss on clean labels is wanted, in expectation.",
 )
 def robust_dpo(inputs: PreferenceInputs, options: FlipOptions) -> PreferenceOutcome:
-    """Provably robust DPO: an unbiased estimate, from labels flipped with chance epsilon, of DPO's loss on clean ones.
+    """Provably robust DPO: an unbiased estimate of DPO's loss on clean labels, from labels flipped at rate epsilon.
 
     [(1 - eps) l(h) - eps l(-h)] / (1 - 2 eps) with l(h) = -log sigmoid(beta h) (Chowdhury, Kini and Natarajan, arXiv
     2403.00409). Not bounded below: its gradient by h never falls under beta eps / (1 - 2 eps) in size, so it needs

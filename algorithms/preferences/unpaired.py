@@ -23,7 +23,7 @@ from algorithms.preferences.inputs import (
 
 
 class KTOOptions(BetaOptions):
-    """Switches of KTO."""
+    """Options of KTO."""
 
     desirable_weight: float = Field(1.0, ge=0.0, description="Weight of desirable answers (the paper's lambda_D).")
     undesirable_weight: float = Field(1.0, ge=0.0, description="Weight of undesirable answers (lambda_U).")
@@ -33,7 +33,7 @@ class KTOOptions(BetaOptions):
 
 
 class BCOOptions(BetaOptions):
-    """Switches of BCO."""
+    """Options of BCO."""
 
     decay: float = Field(
         0.9, ge=0.0, le=1.0, description="What is left after a step of the past in the reward shift; 1 keeps all of it."
@@ -124,7 +124,7 @@ def kto(inputs: UnpairedInputs, options: KTOOptions) -> PreferenceOutcome:
     Returns:
         values [answers], from 0 to their lambda.
     Raises:
-        ValueError: there is no `kl_baseline` although the switches ask for one.
+        ValueError: there is no `kl_baseline` although the options ask for one.
     """
     rewards = options.beta * inputs.answers.log_ratio
     baseline = rewards.detach().new_zeros(())
@@ -212,7 +212,7 @@ def bco(inputs: UnpairedInputs, options: BCOOptions) -> PreferenceOutcome:
     step before, and so doesn't depend on micro-batches; public code moves it within the step it is used in. It starts
     at 0, where rewards do when the policy starts as the reference.
 
-    Where `desirability` p is given, w = p / (1 - p), cut to the bounds of the switches, makes up for prompts that
+    Where `desirability` p is given, w = p / (1 - p), cut to the bounds of the options, makes up for prompts that
     differ between the kinds (the paper's underlying distribution matching); else w = 1.
 
     Returns:

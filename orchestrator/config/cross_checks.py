@@ -1,42 +1,19 @@
-"""What must hold between settings of different sections: each check says which, why, and what to do.
+"""Checks what must hold between settings: each sentence says which settings, why, and what to do.
 
-Combinations that can't work are problems and refuse the configuration; those that work but surprise are warnings.
+Settings that can't work together are problems and refuse the configuration; those that work but surprise are warnings.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from actors.config import ModelConfig, TrainerConfig
-    from orchestrator.config.schema import Config, DataConfig, SFTConfig
-    from reward.config import RewardConfig
+from actors.config import ModelConfig, TrainerConfig
+from orchestrator.config.derived import has_critic
+from orchestrator.config.schema import Config, DataConfig, SFTConfig
+from reward.config import RewardConfig
 
 
-def problems(config: Config) -> list[str]:
-    """Combinations of a training run's settings that can't work, one sentence each."""
-    return [
-        *_data_problems(config.data),
-        *_trainer_problems(config.model, config.trainer),
-        *_rollout_problems(config),
-        *_algorithm_problems(config),
-        *_reward_problems(config.reward),
-        *_evaluation_problems(config),
-        *_placement_problems(config),
-        *_weights_problems(config),
-    ]
-
-
-def sft_problems(config: SFTConfig) -> list[str]:
-    """Combinations of a supervised run's settings that can't work, one sentence each."""
-    found = [*_data_problems(config.data), *_trainer_problems(config.model, config.trainer)]
-    shares = config.trainer.ranks * config.trainer.updates_per_step
-    if config.sft.batch_size < shares:
-        found.append(
-            f"sft.batch_size = {config.sft.batch_size} is fewer than trainer.ranks x trainer.updates_per_step "
-            f"({shares}), and each rank needs a sample for each update. Raise it to at least {shares}."
-        )
-    return found
+def problems(config: Config | SFTConfig) -> list[str]:
+    """Settings that can't work together, one sentence each."""
+    return _sft_problems(config) if isinstance(config, SFTConfig) else _training_problems(config)
 
 
 def warnings(config: Config) -> list[str]:
@@ -73,6 +50,30 @@ def warnings(config: Config) -> list[str]:
         found.append(
             "evaluation.sampling.temperature = 0 makes the sampled evaluation greedy as well. Raise it, or leave "
             "sampled out of evaluation.modes."
+        )
+    return found
+
+
+def _training_problems(config: Config) -> list[str]:
+    return [
+        *_data_problems(config.data),
+        *_trainer_problems(config.model, config.trainer),
+        *_rollout_problems(config),
+        *_algorithm_problems(config),
+        *_reward_problems(config.reward),
+        *_evaluation_problems(config),
+        *_placement_problems(config),
+        *_weights_problems(config),
+    ]
+
+
+def _sft_problems(config: SFTConfig) -> list[str]:
+    found = [*_data_problems(config.data), *_trainer_problems(config.model, config.trainer)]
+    shares = config.trainer.ranks * config.trainer.updates_per_step
+    if config.sft.batch_size < shares:
+        found.append(
+            f"sft.batch_size = {config.sft.batch_size} is fewer than trainer.ranks x trainer.updates_per_step "
+            f"({shares}), and each rank needs a sample for each update. Raise it to at least {shares}."
         )
     return found
 
@@ -159,8 +160,8 @@ def _rollout_problems(config: Config) -> list[str]:
 
 
 def _algorithm_problems(config: Config) -> list[str]:
-    from algorithms import choices  # torch, which a look at a recipe without a run needn't load
-    from algorithms.registry import ADVANTAGE_ESTIMATORS
+    from algorithms import choices  # it loads torch, which a recipe with a misspelt key never needs
+    from algorithms.registry import ADVANTAGE_ESTIMATORS, POLICY_LOSSES
 
     algorithm = config.algorithm
     found = choices.problems(algorithm, modules_imported=False)
@@ -171,12 +172,12 @@ def _algorithm_problems(config: Config) -> list[str]:
             "because it compares the samples of one prompt. Raise it to at least 2, or choose another estimator."
         )
     default = ADVANTAGE_ESTIMATORS.get("grpo_pass_at_k").options.model_fields["k"].default
-    if config.has_critic and config.critic.warmup_steps >= config.trainer.steps:
+    if has_critic(config) and config.critic.warmup_steps >= config.trainer.steps:
         found.append(
             f"critic.warmup_steps = {config.critic.warmup_steps} is not shorter than trainer.steps "
             f"({config.trainer.steps}), so the policy would never learn. Lower it."
         )
-    if known and not config.has_critic and config.critic != type(config.critic)():
+    if known and algorithm.loss in POLICY_LOSSES and not has_critic(config) and config.critic != type(config.critic)():
         found.append(
             f"critic is set, but algorithm.advantage = {algorithm.advantage} needs no values. Choose gae, or leave the "
             "critic section out."

@@ -1,4 +1,4 @@
-"""From a recipe and the command line's overrides to a configuration, or to one message that names every problem.
+"""Reads a recipe, applies the command line's overrides, checks the result; saves a configuration as a recipe.
 
 A path is relative to where it is written: in a recipe to the recipe's folder, on the command line to the working
 directory. What a run writes (`run.folder`, `sft.export_folder`) is always relative to the working directory.
@@ -8,33 +8,21 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.config import overrides as command_line
-from orchestrator.config import yaml_dialect
-from orchestrator.config.schema import Config, ImpossibleCombinationError
-from orchestrator.config.setting_list import (
-    Schema,
-    Setting,
-    entry,
-    general_key,
-    is_output,
-    section,
-    settings,
-    without_none,
-)
+from orchestrator.config import cross_checks, yaml_dialect
+from orchestrator.config.overrides import OverrideError, parse_override, put
+from orchestrator.config.refusals import COMMAND_LINE, Refusals
+from orchestrator.config.schema import Config, SFTConfig
+from orchestrator.config.setting_list import Schema, entry, is_output, section, settings, without_none
 
-S = TypeVar("S", bound=BaseModel)
-
-COMMAND_LINE = "command line"
+S = TypeVar("S", bound=Config | SFTConfig)
 
 
 class ConfigError(Exception):
@@ -64,15 +52,17 @@ def load_config(path: Path, overrides: Sequence[str] = (), schema: type[S] = Con
     tree = _absolute(schema, tree, recipe_folder)
     overridden, problems = _apply(schema, tree, overrides)
     _place_outputs(schema, tree)
-    complaints = _Complaints(schema, tree, str(path), frozenset(overridden))
-    problems += complaints.about_numbers()
+    refusals = Refusals(schema, tree, str(path), frozenset(overridden))
+    problems += refusals.of_numbers()
     try:
         config = schema.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        problems += [complaint for each in error.errors() for complaint in complaints.about(each)]
+        problems += [refusal for each in error.errors() for refusal in refusals.of(each)]
+        raise ConfigError(dict.fromkeys(problems)) from None
+    problems += [f"{path}: {problem}" for problem in cross_checks.problems(config)]
     if problems:
         raise ConfigError(dict.fromkeys(problems))
-    return config
+    return config  # type: ignore[return-value]  # mypy widens S to its bound
 
 
 def save_config(config: BaseModel, path: Path) -> None:
@@ -145,133 +135,24 @@ def _absolute(annotation: Any, value: Any, folder: Path, output: bool = False) -
 
 
 def _apply(schema: Schema, tree: dict[str, Any], overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Sets each override in ``tree``; returns the keys that were set, and the problems."""
+    """Set each override in ``tree``; returns the keys that were set, and the problems."""
     keys, problems = [], []
     for text in overrides:
         try:
-            override = command_line.parse(schema, text)
+            override = parse_override(schema, text)
             value = _absolute(override.annotation, override.value, Path.cwd(), override.is_output)
-            command_line.put(tree, override.path, value)
+            put(tree, override.path, value)
             keys.append(override.key)
-        except command_line.OverrideError as error:
+        except OverrideError as error:
             problems.append(f"{COMMAND_LINE}: {error}")
     return keys, problems
 
 
 def _place_outputs(schema: Schema, tree: dict[str, Any]) -> None:
-    """Gives output paths that the recipe leaves out their defaults, absolute like all others."""
+    """Give output paths that the recipe leaves out their defaults, absolute like all others."""
     for setting in settings(schema):
         if setting.path == "output" and isinstance(setting.default, Path):
             name, leaf = setting.key.split(".")
             inner = tree.setdefault(name, {})
             if isinstance(inner, dict):
                 inner.setdefault(leaf, str(Path.cwd() / setting.default))
-
-
-@dataclass(frozen=True)
-class _Complaints:
-    """Turns what pydantic found into sentences: where, what, why, what to do."""
-
-    schema: Schema
-    tree: dict[str, Any]
-    recipe: str
-    overridden: frozenset[str]
-
-    def about(self, error: Any) -> list[str]:
-        location: tuple[str | int, ...] = error["loc"]
-        key = ".".join(str(part) for part in location)
-        if error["type"] == "value_error" and isinstance(error["ctx"]["error"], ImpossibleCombinationError):
-            return [f"{self.recipe}: {problem}" for problem in error["ctx"]["error"].problems]
-        if error["type"] == "value_error":
-            return [f"{self.recipe}: {error['ctx']['error']}"]
-        if error["type"] == "extra_forbidden":
-            return [f"{self._source(key)}: {command_line.unknown(self.schema, key)}"]
-        setting = self._setting(location)
-        if error["type"] == "too_short" and error["ctx"]["min_length"] <= len(error["input"]):
-            return []  # entries that are wrong themselves don't count, and have their own complaint
-        if error["type"] == "missing" and (setting is None or setting.key == general_key(location)):
-            return self._missing(key)
-        if setting is None:
-            return [self._section(key, error)]
-        place = ".".join(str(part) for part in location[: setting.key.count(".") + 1])
-        value = _value_at(self.tree, location[: setting.key.count(".") + 1])
-        near = self._near_value(setting, value)
-        return [f"{self._source(place)}: {place} = {_shown(value)} is not allowed: it must be {setting.allowed}.{near}"]
-
-    def about_numbers(self) -> list[str]:
-        return [
-            f"{self._source(key)}: {key} = {value} is not a finite number. Give one."
-            for key, value in _leaves(self.tree, "")
-            if isinstance(value, float) and not math.isfinite(value)
-        ]
-
-    def _source(self, key: str) -> str:
-        given = any(key == known or key.startswith(f"{known}.") for known in self.overridden)
-        return COMMAND_LINE if given else self.recipe
-
-    def _setting(self, location: Sequence[str | int]) -> Setting | None:
-        known = {setting.key: setting for setting in settings(self.schema)}
-        for length in range(len(location), 0, -1):
-            if (setting := known.get(general_key(location[:length]))) is not None:
-                return setting
-        return None
-
-    def _missing(self, key: str) -> list[str]:
-        general = general_key(key.split("."))
-        exact = [setting for setting in settings(self.schema) if setting.key == general]
-        inside = [s for s in settings(self.schema) if s.key.startswith(f"{general}.") and s.is_required]
-        found = exact or [setting for setting in inside if "*" not in setting.key] or inside
-        if not found:
-            return [f"{self.recipe}: {key} is missing. Add that section, with {_section_names(self.schema, key)}."]
-        names = [key if setting.key == general else setting.key for setting in found]
-        return [
-            f"{self.recipe}: {name} is missing ({setting.description.rstrip('.')}). Set it to {setting.allowed}."
-            for name, setting in zip(names, found, strict=True)
-        ]
-
-    def _section(self, key: str, error: Any) -> str:
-        names = _section_names(self.schema, key)
-        return f"{self._source(key)}: {key} = {_shown(error['input'])} must be a section with the settings {names}."
-
-    def _near_value(self, setting: Setting, value: Any) -> str:
-        if not setting.allowed.startswith("one of ") or not isinstance(value, str):
-            return ""
-        choices = setting.allowed.removeprefix("one of ").removesuffix(", or null").split(", ")
-        near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
-        return f" Did you mean {near[0]}?" if near else ""
-
-
-def _section_names(schema: Schema, key: str) -> str:
-    current: Schema | None = schema
-    for part in key.split("."):
-        if current is None or part not in current.model_fields:
-            return "of its description"
-        current = section(current.model_fields[part].annotation)
-    return ", ".join(current.model_fields) if current is not None else "of its description"
-
-
-def _value_at(tree: Any, location: Sequence[str | int]) -> Any:
-    for part in location:
-        try:
-            tree = tree[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return tree
-
-
-def _leaves(tree: Any, prefix: str, depth: int = 0) -> Iterable[tuple[str, Any]]:
-    if depth > 50:
-        return
-    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
-    if pairs is None:
-        yield prefix, tree
-        return
-    for key, value in pairs:
-        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key), depth + 1)
-
-
-def _shown(value: Any) -> str:
-    """A value as the recipe would hold it: text in quotes only where it would be read as something else without."""
-    plain = isinstance(value, str) and yaml_dialect.is_plain(value)
-    text = value if plain else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,8 +1,7 @@
-"""Dotted overrides of the command line (`trainer.learning_rate=3e-4`): parsed against the schema, put into a recipe."""
+"""Parses a dotted override of the command line (`trainer.learning_rate=3e-4`) and puts it into a recipe's tree."""
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_origin
@@ -10,8 +9,8 @@ from typing import Any, get_origin
 import yaml
 
 from orchestrator.config import yaml_dialect
-from orchestrator.config.schema import Config, SFTConfig
-from orchestrator.config.setting_list import Schema, entry, general_key, is_output, section, settings, without_none
+from orchestrator.config.refusals import unknown_key
+from orchestrator.config.setting_list import Schema, entry, is_output, section, without_none
 
 
 class OverrideError(Exception):
@@ -40,7 +39,7 @@ class Override:
         return tuple(self.key.split("."))
 
 
-def parse(schema: Schema, text: str) -> Override:
+def parse_override(schema: Schema, text: str) -> Override:
     """An override from ``key=value``; leading dashes are ignored, the value is YAML.
 
     Raises:
@@ -76,38 +75,6 @@ def put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
         raise OverrideError(f"{'.'.join(path)} can't be set: {'.'.join(path[:-1])} is {node!r}, not a section.")
 
 
-def unknown(schema: Schema, key: str) -> str:
-    """Says that a key is not a setting, and which one is nearest."""
-    parts = key.split(".")
-    for other, command in ((Config, "train"), (SFTConfig, "sft")):
-        if other is not schema and parts[0] in other.model_fields and parts[0] not in schema.model_fields:
-            return f"{key} is not a setting here. Leave it out, or use `counterpoint {command}`, which knows it."
-    known = {setting.key for setting in settings(schema)}
-    known |= {k.rsplit(".", depth)[0] for k in known for depth in range(1, k.count(".") + 1)}
-    folder, _, name = general_key(parts).rpartition(".")
-    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == folder}
-    namesakes = [k for k in known if k.rpartition(".")[2] == name]
-    near = (
-        [siblings[each] for each in difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)]
-        or difflib.get_close_matches(general_key(parts), namesakes, n=1, cutoff=0.0)
-        or [siblings[each] for each in difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)]
-        or difflib.get_close_matches(general_key(parts), known, n=1, cutoff=0.7)
-    )
-    if near:
-        return f"{key} is not a setting. Did you mean {_with_indices(near[0], parts)}?"
-    return f"{key} is not a setting. `counterpoint config` lists them all."
-
-
-def _with_indices(general: str, parts: list[str]) -> str:
-    """``general`` with the indices of the key that was meant, where both have one in the same place."""
-    names = general.split(".")
-    kept = [
-        parts[place] if name == "*" and place < len(parts) and parts[place].isdigit() else name
-        for place, name in enumerate(names)
-    ]
-    return ".".join(kept)
-
-
 def _find(schema: Schema, key: str) -> tuple[Any, bool]:
     """Annotation of the setting or section at ``key``, and whether it is an output path."""
     annotation: Any = schema
@@ -117,7 +84,7 @@ def _find(schema: Schema, key: str) -> tuple[Any, bool]:
         inner, each = section(annotation), entry(annotation)
         if inner is not None:
             if part not in inner.model_fields:
-                raise OverrideError(unknown(schema, key))
+                raise OverrideError(unknown_key(schema, key))
             annotation, output = inner.model_fields[part].annotation, is_output(inner.model_fields[part])
         elif each is not None:
             if not part.isdigit():

@@ -1,12 +1,13 @@
-"""The one configuration: the rooms' settings put together. What must hold between them is in cross_checks.py."""
+"""Declares every setting of a run: sections, types, bounds, defaults, descriptions. It checks one setting at a time;
+what must hold between settings is in cross_checks.py, which loading.py asks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from actors.config import (
     CriticConfig,
@@ -18,7 +19,6 @@ from actors.config import (
     WeightsConfig,
 )
 from algorithms.config import AlgorithmConfig
-from orchestrator.config import cross_checks
 from reward.config import RewardConfig
 from rollout.config import DatasetConfig, RolloutConfig, SamplingConfig
 
@@ -31,18 +31,6 @@ class Output:
 
 
 OutputPath = Annotated[Path, Output()]
-
-
-class ImpossibleCombinationError(ValueError):
-    """Settings that are each allowed but not together.
-
-    Attributes:
-        problems: one sentence each: which settings, why they don't go together, what to do.
-    """
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
 
 
 class RunConfig(BaseModel):
@@ -154,25 +142,6 @@ class Config(BaseModel):
     cluster: ClusterConfig = ClusterConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
 
-    @property
-    def has_critic(self) -> bool:
-        """Whether the advantage estimator needs values; the user's own methods must have been imported."""
-        from algorithms import choices  # torch, which a look at a recipe without a run needn't load
-        from algorithms.registry import ADVANTAGE_ESTIMATORS, Need
-
-        return self.algorithm.advantage in ADVANTAGE_ESTIMATORS and Need.VALUES in choices.needs(self.algorithm)
-
-    @property
-    def best_metric(self) -> str | None:
-        """The metric the best checkpoint is chosen by, or None where nothing is evaluated."""
-        return self.checkpoint.metric if self.data.evaluation is not None else None
-
-    @model_validator(mode="after")
-    def _go_together(self) -> Self:
-        if problems := cross_checks.problems(self):
-            raise ImpossibleCombinationError(problems)
-        return self
-
 
 class SupervisedConfig(BaseModel):
     """What is imitated, and how much of it a step."""
@@ -206,9 +175,3 @@ class SFTConfig(BaseModel):
     def export_folder(self) -> Path:
         """Where the fine-tuned model is written."""
         return self.sft.export_folder or self.run.folder / "model"
-
-    @model_validator(mode="after")
-    def _go_together(self) -> Self:
-        if problems := cross_checks.sft_problems(self):
-            raise ImpossibleCombinationError(problems)
-        return self

@@ -20,6 +20,7 @@ import psutil
 from actors.config import ModelConfig
 from orchestrator.checkpoints import Checkpoints, step_of
 from orchestrator.config.cross_checks import warnings
+from orchestrator.config.derived import has_critic
 from orchestrator.config.schema import Config, SFTConfig
 from orchestrator.preflight.model_folder import ModelFolder, inspect_model_folder
 from orchestrator.record.run_record import METRICS
@@ -229,7 +230,7 @@ def _value_bytes(config: ModelConfig) -> int:
 def _check_disk(config: Config | SFTConfig, model: ModelFolder) -> Iterator[Finding]:
     weights = model.parameters * _value_bytes(config.model)
     # Of adapters, which are small, checkpoints keep no more than themselves; a critic is trained whole.
-    trained = int(config.model.lora is None) + int(isinstance(config, Config) and config.has_critic)
+    trained = int(config.model.lora is None) + int(isinstance(config, Config) and has_critic(config))
     checkpoint = trained * (weights + model.parameters * 12)  # float32 parameters and AdamW's two moments
     kept = config.checkpoint.keep + 2 if isinstance(config, Config) else 0  # the best, and the one being written
     needed = kept * checkpoint + weights
@@ -252,7 +253,7 @@ def memory_estimate(config: Config | SFTConfig, parameters: int) -> int:
     copies = 1 if config.trainer.zero_stage == 3 else config.trainer.ranks  # of weights that aren't trained
     total = trained_whole if config.model.lora is None else processes + copies * weights
     if isinstance(config, Config):
-        total += trained_whole if config.has_critic else 0
+        total += trained_whole if has_critic(config) else 0
         cache = int(config.generator.kv_cache_gib * GIB)
         published = weights * (1 if config.weights.shared_memory else 1 + config.generator.replicas)
         least, lora = config.weights.stage_from_mib, config.model.lora
@@ -280,7 +281,7 @@ def _gpus_asked(config: Config | SFTConfig) -> float:
     asked = config.cluster.policy.gpus * config.trainer.ranks
     if isinstance(config, Config):
         asked += config.cluster.generator.gpus * config.generator.replicas + config.cluster.reward.gpus
-        if config.has_critic:
+        if has_critic(config):
             asked += config.cluster.critic.gpus * config.trainer.ranks
         if config.algorithm.kl.coefficient > 0:
             asked += config.cluster.reference.gpus * config.reference.replicas

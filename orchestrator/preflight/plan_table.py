@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.config.derived import has_critic
 from orchestrator.config.schema import Config, DataConfig, RoleResources, SFTConfig
 from rollout.config import DatasetConfig
 
@@ -68,7 +69,7 @@ def _rollout_rows(config: Config) -> list[tuple[str, str]]:
             "critic",
             f"learning rate {config.critic.learning_rate:g}, {_count(config.trainer.ranks, 'rank')}"
             f"{_resources(config.cluster.critic)}"
-            if config.has_critic
+            if has_critic(config)
             else "none",
         ),
         (

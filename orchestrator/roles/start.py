@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from actors.calls import ActorResources
 from orchestrator.checkpoints import CRITIC, POLICY, Checkpoints, RunState
 from orchestrator.cluster import ray_cluster
+from orchestrator.config.derived import has_critic
 from orchestrator.config.schema import Config, RoleResources
 from orchestrator.roles.fleet import GeneratorFleet
 from orchestrator.roles.reference import Reference
@@ -238,7 +239,7 @@ async def start_policy(config: Config, media_folder: Path) -> PolicyGroup:
 
 async def start_critic(config: Config, media_folder: Path) -> CriticGroup | None:
     """The critic's ranks; None where the advantage estimator needs no values."""
-    if not config.has_critic:
+    if not has_critic(config):
         return None
     from actors.trainer.critic import CriticGroup, CriticSpec
 

@@ -57,7 +57,8 @@ def test_every_estimator_that_compares_a_group_gives_a_group_of_one_nothing() ->
     from algorithms.estimation import estimate_advantages
     from algorithms.inputs import AdvantageInputs
 
-    inputs = AdvantageInputs.of_rewards(torch.tensor([3.0], dtype=torch.float64), torch.tensor([0]))
+    one = torch.ones(1, dtype=torch.long)
+    inputs = AdvantageInputs(torch.tensor([3.0], dtype=torch.float64), torch.tensor([0]), one, one.bool())
     for name in ADVANTAGE_ESTIMATORS:
         entry = ADVANTAGE_ESTIMATORS.get(name)
         if entry.compares_group and not entry.needs:

@@ -250,15 +250,15 @@ def test_bounds_that_mask_samples_that_agree_are_refused(name: str, switches: di
         ("geometric_masked", {"truncate": 0.5}),
     ],
 )
-def test_a_truncation_below_one_is_refused_naming_switch_and_reason(name: str, switches: dict[str, float]) -> None:
+def test_a_truncation_below_one_is_refused_naming_option_and_reason(name: str, switches: dict[str, float]) -> None:
     with pytest.raises(
         RegistryError, match=rf"{next(iter(switches))} = 0\.5 cuts even the weight of samples that agree"
     ):
         importance_correction(TRAINER, BEHAVIOUR, MASK, CorrectionConfig(method=name, options=switches))
 
 
-def test_a_switch_of_another_method_is_refused() -> None:
-    with pytest.raises(RegistryError, match=r"correction\.options\.low is not a switch of 'token_truncated'"):
+def test_an_option_of_another_method_is_refused() -> None:
+    with pytest.raises(RegistryError, match=r"correction\.options\.low is not an option of 'token_truncated'"):
         importance_correction(
             TRAINER, BEHAVIOUR, MASK, CorrectionConfig(method="token_truncated", options={"low": 0.5})
         )

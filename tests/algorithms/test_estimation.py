@@ -238,8 +238,8 @@ def test_a_turn_discount_outside_its_bounds_is_refused() -> None:
         estimate_advantages("grpo", batch([1, 0], [0, 0], ["a", "a"]), credit="turn", turn_discount=1.5)
 
 
-def test_an_unknown_switch_is_refused_with_the_nearest() -> None:
-    with pytest.raises(RegistryError, match=r"advantage_options\.discont is not a switch .* Did you mean discount"):
+def test_an_unknown_option_is_refused_with_the_nearest() -> None:
+    with pytest.raises(RegistryError, match=r"advantage_options\.discont is not an option .* Did you mean discount"):
         estimate_advantages("reinforce_plus_plus", batch([1.0], [0], ["a"]), {"discont": 1.0})
 
 

@@ -378,8 +378,8 @@ def test_a_group_of_the_wrong_length_is_refused() -> None:
         ImageInputs(random_images(2, 3, 4, 4), seeded(0), torch.zeros(3, dtype=torch.int64))
 
 
-def test_an_unknown_negative_or_switch_is_refused_with_the_nearest() -> None:
+def test_an_unknown_negative_or_option_is_refused_with_the_nearest() -> None:
     with pytest.raises(RegistryError, match=r"no image negative 'crops'.*Did you mean 'crop'"):
         make("crops", random_images(2, 3, 8, 8))
-    with pytest.raises(RegistryError, match=r"stdev is not a switch of 'noise'.*Did you mean std"):
+    with pytest.raises(RegistryError, match=r"stdev is not an option of 'noise'.*Did you mean std"):
         make("noise", random_images(2, 3, 8, 8), stdev=0.1)

@@ -399,6 +399,6 @@ def test_a_component_that_is_not_finite_is_refused_naming_the_sample() -> None:
         ({"terms": []}, "at least 1 item"),
     ],
 )
-def test_switches_that_do_not_go_together_are_refused(values: dict[str, Any], reason: str) -> None:
+def test_options_that_do_not_go_together_are_refused(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(RegistryError, match=reason):
         ADVANTAGE_ESTIMATORS.get("inference_aware").read_options(values)

@@ -251,7 +251,9 @@ def test_a_pair_that_makes_no_sense_is_refused_with_the_reason(estimator: str, l
     reason = incompatibility(ADVANTAGE_ESTIMATORS.get(estimator), POLICY_LOSSES.get(loss))
     assert reason is not None
     (problem,) = choices.problems(config_of(estimator, loss))
-    assert problem.startswith(f"algorithm.loss = {loss} doesn't go with algorithm.advantage = {estimator}: {reason}.")
+    assert problem.startswith(
+        f"algorithm.loss = {loss} can't be combined with algorithm.advantage = {estimator}: {reason}."
+    )
 
 
 def test_sequence_losses_refuse_token_advantages_and_imitation_refuses_them_all() -> None:

@@ -163,6 +163,6 @@ def test_marks_that_were_not_made_are_asked_for() -> None:
         ("sapo", {"postive": 1.0}, "Did you mean positive"),
     ],
 )
-def test_a_switch_that_makes_no_sense_is_refused(loss: str, options: dict[str, float], message: str) -> None:
+def test_an_option_that_makes_no_sense_is_refused(loss: str, options: dict[str, float], message: str) -> None:
     with pytest.raises(RegistryError, match=message):
         POLICY_LOSSES.get(loss).read_options(options, "loss_options")

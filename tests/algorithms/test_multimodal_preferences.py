@@ -516,8 +516,8 @@ def test_adpo_asks_for_tokens_only_where_it_weighs_them() -> None:
     assert torch.isfinite(preference_outcome("adpo", inputs, {"has_confidence_weights": False}).values).all()
 
 
-def test_an_unknown_switch_is_refused_with_the_nearest() -> None:
-    with pytest.raises(RegistryError, match=r"anchor_wieght is not a switch of 'mdpo'\. Did you mean anchor_weight"):
+def test_an_unknown_option_is_refused_with_the_nearest() -> None:
+    with pytest.raises(RegistryError, match=r"anchor_wieght is not an option of 'mdpo'\. Did you mean anchor_weight"):
         preference_outcome("mdpo", random_inputs(2), {"anchor_wieght": 1.0})
 
 

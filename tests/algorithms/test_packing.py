@@ -1,4 +1,4 @@
-"""Packed values and rows: one layout, there and back, and micro-batches cut from it."""
+"""Packed values laid out in rows."""
 
 import pytest
 import torch
@@ -18,14 +18,13 @@ def numbered(lengths: list[int]) -> Tensor:
 def test_rows_are_padded_on_the_right() -> None:
     layout = Packing.of(torch.tensor([2, 0, 3]))
     assert layout.to_rows(numbered([2, 0, 3])).tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5]]
-    assert layout.rows.tolist() == [0, 0, 2, 2, 2]
     mask = Packing.of(torch.tensor([1, 2]), width=3).to_rows(torch.ones(3, dtype=torch.bool))
     assert mask.tolist() == [[True, False, False], [True, True, False]]
 
 
 @given(lengths_of_rows, st.integers(0, 3))
 @settings(max_examples=50)
-def test_rows_agree_with_a_loop_and_pack_back_to_the_same(lengths: list[int], room: int) -> None:
+def test_rows_agree_with_a_loop(lengths: list[int], room: int) -> None:
     packed = numbered(lengths)
     layout = Packing.of(torch.tensor(lengths), max(lengths) + room)
     matrix = layout.to_rows(packed)
@@ -33,27 +32,12 @@ def test_rows_agree_with_a_loop_and_pack_back_to_the_same(lengths: list[int], ro
     for row, values in enumerate(packed.split(lengths)):
         expected[row, : len(values)] = values
     assert torch.equal(matrix, expected)
-    assert torch.equal(layout.to_packed(matrix), packed)
-
-
-@given(lengths_of_rows, st.randoms())
-@settings(max_examples=50)
-def test_a_micro_batch_is_cut_from_the_packed_batch(lengths: list[int], random: object) -> None:
-    rows = list(range(len(lengths)))
-    random.shuffle(rows)  # type: ignore[attr-defined]
-    rows = rows[: len(rows) // 2 + 1]
-    packed, layout = numbered(lengths), Packing.of(torch.tensor(lengths))
-    chosen = torch.tensor(rows)
-    part = Packing.of(layout.lengths[chosen], layout.width)
-    assert torch.equal(part.to_rows(packed[layout.select(chosen)]), layout.to_rows(packed)[chosen])
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     layout = Packing.of(torch.tensor([2, 3]))
     with pytest.raises(ValueError, match=r"packed values must be \[5\], one a token, got \[4\]"):
         layout.to_rows(torch.zeros(4))
-    with pytest.raises(ValueError, match=r"the matrix must be \[2, 3\], a row a sequence, got \[2, 4\]"):
-        layout.to_packed(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="width = 2 can't hold the longest sequence of 3 tokens"):
         Packing.of(torch.tensor([2, 3]), width=2)
 

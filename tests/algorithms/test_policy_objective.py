@@ -513,7 +513,7 @@ def test_a_users_own_loss_is_used_by_name_with_its_switches() -> None:
         config = AlgorithmConfig(loss="power", loss_options=options)
         assert float(policy_objective(log_probs, None, batch, config, Denominators(2, 1), 0.0)[0]) == expected
     config = AlgorithmConfig(loss="power", loss_options={"powr": 1.0})
-    with pytest.raises(RegistryError, match=r"algorithm\.loss_options\.powr is not a switch of 'power'"):
+    with pytest.raises(RegistryError, match=r"algorithm\.loss_options\.powr is not an option of 'power'"):
         policy_objective(log_probs, None, batch, config, Denominators(2, 1), 0.0)
 
 

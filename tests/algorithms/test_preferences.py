@@ -394,7 +394,7 @@ def test_a_paired_loss_takes_no_single_answers() -> None:
     ("name", "options"),
     [("dpo", {"beta": 0.0}), ("cdpo", {"flip_rate": 0.5}), ("robust_dpo", {"flip_rate": -0.1}), ("ipo", {"tau": 1.0})],
 )
-def test_switches_out_of_bounds_or_unknown_are_refused(name: str, options: dict[str, float]) -> None:
+def test_options_out_of_bounds_or_unknown_are_refused(name: str, options: dict[str, float]) -> None:
     with pytest.raises(RegistryError, match=next(iter(options))):
         preference_outcome(name, random_pairs(2, seed=0), options)
 

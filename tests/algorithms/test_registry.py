@@ -41,9 +41,9 @@ def test_a_taken_name_is_refused_and_keeps_its_first_owner() -> None:
     assert registry.get("one").function is first
 
 
-def test_a_switch_that_does_not_exist_is_named_with_the_nearest_and_all_there_are() -> None:
+def test_an_option_that_does_not_exist_is_named_with_the_nearest_and_all_there_are() -> None:
     with pytest.raises(
-        RegistryError, match=r"here\.hihg is not a switch of 'clip'. Did you mean high\? It has: low, high"
+        RegistryError, match=r"here\.hihg is not an option of 'clip'. Did you mean high\? It has: low, high"
     ):
         POLICY_LOSSES.get("clip").read_options({"hihg": 0.3}, "here")
 

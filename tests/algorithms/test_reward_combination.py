@@ -274,7 +274,7 @@ def test_shapes_that_differ_are_refused() -> None:
         )
 
 
-def test_an_unknown_switch_is_refused() -> None:
+def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(RegistryError, match="Did you mean smoothness"):
         combine_rewards("smooth_tchebycheff", inputs_of([[1.0]]), {"smothness": 1.0})
 

@@ -410,7 +410,7 @@ def test_a_ranking_that_is_not_finite_or_of_another_shape_is_refused() -> None:
         RankedScores(tensor(0.0, 1.0), index.double(), index)
 
 
-def test_switches_out_of_bounds_are_refused() -> None:
+def test_options_out_of_bounds_are_refused() -> None:
     with pytest.raises(RegistryError, match="tie_chance"):
         values("bradley_terry_ties", PairScores(tensor(1.0), tensor(0.0)), tie_chance=1.0)
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from algorithms.kl import make_kl_controller
 from orchestrator.checkpoints import Checkpoints, RunState, read_state
+from orchestrator.config import cross_checks
 from orchestrator.config.schema import Config
 from orchestrator.loop import Training, uninterrupted
 from orchestrator.record.progress import Progress
@@ -61,6 +62,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
         async def make_run(*, held_out: int = 0, is_resumed: bool = False, critic: Any = None, **overrides: Any) -> Run:
             config = Config(**overridden(PLAIN, **{"run__folder": str(tmp_path), **overrides}))
+            assert cross_checks.problems(config) == []
             checkpoints = Checkpoints(tmp_path, keep=config.checkpoint.keep)
             latest = checkpoints.latest() if is_resumed else None
             state = read_state(latest) if latest else RunState()

@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from orchestrator.config import cross_checks
 from orchestrator.config.schema import Config, SFTConfig
 from reward.registry import RewardRequest
 from reward.verifiers import exact_match
@@ -163,6 +164,7 @@ def test_the_saved_policy_reads_both_images(
 def test_both_recipes_are_valid_and_start_where_the_other_ends() -> None:
     train = Config.model_validate(yaml.safe_load((RECIPES / "digits.yaml").read_text()))
     warm_start = SFTConfig.model_validate(yaml.safe_load((RECIPES / "digits-sft.yaml").read_text()))
+    assert cross_checks.problems(train) == cross_checks.problems(warm_start) == []
     root = RECIPES.parent
     assert (RECIPES / train.model.path).resolve() == (root / warm_start.export_folder).resolve()
     assert train.data.evaluation is not None

@@ -76,7 +76,7 @@ def test_a_name_that_is_not_registered_is_refused_with_the_nearest(
 @pytest.mark.parametrize(
     ("algorithm", "said"),
     [
-        ({"loss_options": {"hgih": 0.3}}, ["algorithm.loss_options.hgih is not a switch", "Did you mean high?"]),
+        ({"loss_options": {"hgih": 0.3}}, ["algorithm.loss_options.hgih is not an option", "Did you mean high?"]),
         ({"loss_options": {"high": -1.0}}, ["algorithm.loss_options.high = -1.0"]),
         ({"aggregation": "constant_length"}, ["algorithm.aggregation_options.length", "must be set"]),
         ({"advantage": "gae", "advantage_options": {"lambda": 0.9}}, ["algorithm.advantage_options.lambda is not"]),
@@ -85,7 +85,7 @@ def test_a_name_that_is_not_registered_is_refused_with_the_nearest(
         ({"combination": "constrained"}, ["algorithm.combination_options.constraints", "must be set"]),
     ],
 )
-def test_a_switch_that_is_wrong_is_refused_by_its_place_in_the_recipe(
+def test_an_option_that_is_wrong_is_refused_by_its_place_in_the_recipe(
     check: Callable[..., Result], algorithm: dict[str, Any], said: list[str]
 ) -> None:
     result = check(algorithm)
@@ -155,3 +155,13 @@ def test_a_comparison_within_groups_of_one_is_refused(check: Callable[..., Resul
     result = check({"advantage": "rloo"}, rollout={"group_size": 1})
     assert result.exit_code == 2
     assert "rollout.group_size = 1 with algorithm.advantage = rloo" in result.stderr
+
+
+def test_a_loss_of_the_users_own_file_is_ready_to_run(check: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "my_losses.py").write_text(
+        "from algorithms.losses import clip\n"
+        "from algorithms.registry import POLICY_LOSSES, policy_loss\n\n"
+        "policy_loss('loss_of_a_users_file', options=POLICY_LOSSES.get('clip').options)(clip)\n"
+    )
+    result = check({"modules": ["my_losses.py"], "loss": "loss_of_a_users_file"})
+    assert result.exit_code == 0, result.output

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from orchestrator.checkpoints import STATE
+from orchestrator.config import cross_checks
 from orchestrator.config.schema import Config, SFTConfig
 from orchestrator.preflight import checks as module
 from orchestrator.preflight.checks import memory_estimate, preflight
@@ -61,12 +62,18 @@ def tree(model: Path, rewards: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+def loaded(tree: dict[str, Any]) -> Config:
+    config = Config.model_validate(tree)
+    assert cross_checks.problems(config) == []
+    return config
+
+
 def errors(tree: dict[str, Any], **how: bool) -> list[str]:
-    return [f.message for f in preflight(Config.model_validate(tree), **how) if f.severity == "error"]
+    return [f.message for f in preflight(loaded(tree), **how) if f.severity == "error"]
 
 
 def warned(tree: dict[str, Any], **how: bool) -> list[str]:
-    return [f.message for f in preflight(Config.model_validate(tree), **how) if f.severity == "warning"]
+    return [f.message for f in preflight(loaded(tree), **how) if f.severity == "warning"]
 
 
 def test_a_run_that_may_start_has_no_errors(tree: dict[str, Any]) -> None:
@@ -255,7 +262,7 @@ def test_too_little_memory_is_warned_of(tree: dict[str, Any]) -> None:
 
 def test_memory_of_the_trainer_is_sixteen_bytes_a_parameter_in_float32(tree: dict[str, Any]) -> None:
     tree["model"]["precision"] = "float32"
-    config = Config.model_validate(tree)
+    config = loaded(tree)
     # Parameters, gradients and AdamW's two moments at 4 bytes, the published version and the generator's weights at 4.
     assert memory_estimate(config, 1000) - memory_estimate(config, 0) == 1000 * (16 + 4 + 4)
 
@@ -279,7 +286,7 @@ def test_memory_of_a_trainer_of_adapters_is_its_weights_on_each_rank_or_sharded_
 ) -> None:
     tree["model"] |= {"precision": "float32", "lora": {}}
     tree["trainer"] = {"ranks": 2, "zero_stage": zero_stage}
-    config = Config.model_validate(tree)
+    config = loaded(tree)
     assert memory_estimate(config, 1000) - memory_estimate(config, 0) == 1000 * (4 * copies + 4 + 4)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from orchestrator.config import cross_checks
 from orchestrator.config.schema import Config
 from orchestrator.step.appraisal import Appraisal, Appraiser, as_samples, batch_metrics, with_proximal, with_reference
 from rollout.samples import Completion, Generation, Score, ScoredGroup, TrainingSample
@@ -15,7 +16,7 @@ from tests.orchestrator.stand_ins import PROMPT_TOKENS, completion, prompt
 
 
 def config(components: tuple[str, ...] = ("part",), **algorithm: Any) -> Config:
-    return Config.model_validate(
+    made = Config.model_validate(
         {
             "model": {"path": "model", "precision": "float32"},
             "data": {"train": {"path": "train.jsonl"}},
@@ -24,6 +25,8 @@ def config(components: tuple[str, ...] = ("part",), **algorithm: Any) -> Config:
             "algorithm": algorithm,
         }
     )
+    assert cross_checks.problems(made) == []
+    return made
 
 
 def appraise(
