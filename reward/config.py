@@ -21,7 +21,7 @@ class RewardComponentConfig(BaseModel):
 
 
 class RewardConfig(BaseModel):
-    """What completions are worth, and the bounds within which that is found out."""
+    """The components of the reward, and the bounds of their calls."""
 
     model_config = STRICT
 
