@@ -20,7 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 from rollout.failures import Failure, FailureError, FailureKind
 
 PEER_REFUSED = "peer_refused"
-"""Reason of the failure on actors that are well, when a peer of theirs refused the same call."""
+"""Reason of the failure that healthy actors report when one of their peers has refused the same call."""
 START = "start"
 """What an actor is asked first; a timeout of it names the resources too, which may be what the actor waits for."""
 SETTLE_S = 5.0
@@ -88,7 +88,7 @@ async def gather(calls: Mapping[str, Any], role: str, what: str, deadline_s: flo
 
 
 async def _results(references: Mapping[str, Any], role: str, what: str, deadline_s: float) -> dict[str, Any]:
-    """The results by who was asked."""
+    """The result of each call, by who was asked."""
     started = time.monotonic()
     answers = {who: asyncio.wrap_future(reference.future()) for who, reference in references.items()}
     try:
@@ -113,7 +113,7 @@ async def _results(references: Mapping[str, Any], role: str, what: str, deadline
 
 
 async def _wait(answers: Iterable[asyncio.Future[Any]], deadline_s: float, until: str) -> None:
-    """Returns when the answers are there, or after the deadline. The timeout can only be our own: wait raises none."""
+    """Wait for the answers, at most until the deadline. `asyncio.wait` raises none of their own errors."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(deadline_s):  # wait_for may forget that it was cancelled, before Python 3.12
             await asyncio.wait(answers, return_when=until)

@@ -32,13 +32,13 @@ class GeneratorHandle:
 
     @classmethod
     async def start(cls, spec: GeneratorSpec, resources: ActorResources | None = None) -> GeneratorHandle:
-        """Start the actor and wait for its engine. Ray must be initialised.
+        """Start the actor and wait until its vLLM engine is up. Ray must be initialised.
 
         Args:
             resources: what the generator asks Ray for.
 
         Raises:
-            FailureError: the engine didn't start, or not within `deadlines.start_s`.
+            FailureError: the vLLM engine didn't start, or not within `deadlines.start_s`.
         """
         options = (resources or ActorResources()).options(spec.config.threads) | {
             "max_concurrency": MAX_CONCURRENCY,
@@ -59,7 +59,7 @@ class GeneratorHandle:
         """Sample n completions; see :meth:`Generator.generate`. A failure that is returned is the prompt's.
 
         Raises:
-            FailureError: INFRASTRUCTURE where the generator is dead, silent or stale.
+            FailureError: INFRASTRUCTURE if the generator is dead, doesn't answer in time or is stale.
         """
         reference = self.actor.generate.remote(prompt, n, sampling, seed, request_id)
         what = f"generate for prompt {prompt.prompt_id} (request {request_id})"
@@ -69,7 +69,7 @@ class GeneratorHandle:
         return answer
 
     async def load_weights(self, offer: WeightsOffer, *, anew: bool = False) -> WeightsReceipt:
-        """Bring the generator to the offered version and check its word; see :meth:`Generator.load_weights`.
+        """Have the generator load the offered version, and check its receipt; see :meth:`Generator.load_weights`.
 
         Raises:
             FailureError: INFRASTRUCTURE; the generator doesn't serve that version.
@@ -86,27 +86,27 @@ class GeneratorHandle:
         return receipt
 
     def port(self, version: int) -> GeneratorPort:
-        """What the trainer needs to push a version into its engine."""
+        """What the trainer needs to push a version into the generator's vLLM engine."""
         return GeneratorPort(self.name, self.actor, self.spec.config.tensor_parallel, version)
 
     async def verify(self, canaries: Canaries) -> CanaryReport:
-        """Compare its log-probabilities with the trainer's; see :meth:`Generator.verify`."""
+        """Compare its log-probabilities of the canaries with the trainer's; see :meth:`Generator.verify`."""
         what = f"compute the canaries of version {canaries.version}"
         reference = self.actor.verify.remote(canaries)
         report: CanaryReport = await self._call(reference, what, self.spec.deadlines.sync_s)
         return report
 
     async def sleep(self, level: int) -> None:
-        """Have it give its memory to the trainer until the next version comes; see :meth:`Generator.sleep`."""
+        """Free the generator's GPU memory for the trainer until the next version comes; see :meth:`Generator.sleep`."""
         await self._call(self.actor.sleep.remote(level), "fall asleep", 2 * self.spec.deadlines.generate_s)
 
     async def stats(self) -> GeneratorStats:
-        """Load and totals."""
+        """The generator's load and totals."""
         stats: GeneratorStats = await self._call(self.actor.stats.remote(), "report its load", STATS_S)
         return stats
 
     async def stop(self) -> None:
-        """End the engine, then the actor; the actor in any case, within `deadlines.stop_s`."""
+        """End the vLLM engine, then the actor. The actor is ended within `deadlines.stop_s` in any case."""
         try:
             with contextlib.suppress(FailureError):  # it may be dead already
                 await self._call(self.actor.stop.remote(), "stop", self.spec.deadlines.stop_s)

@@ -34,7 +34,7 @@ class RewardSpec:
     worker_start_s: float = 60.0
 
     def resolved(self) -> RewardSpec:
-        """The same with absolute paths: an actor's working directory isn't the driver's."""
+        """The same with absolute paths, because an actor has another working directory than the driver."""
         modules = tuple(path.resolve() for path in self.config.modules)
         config = self.config.model_copy(update={"modules": modules})
         return replace(self, config=config, media_folder=self.media_folder.resolve())
@@ -47,11 +47,11 @@ class RewardServer:
         self._scorer = GroupScorer(spec.config, spec.media_folder, start_s=spec.worker_start_s)
 
     async def ready(self) -> Failure | None:
-        """None once every worker has imported the user's modules, or why one couldn't."""
+        """None once every worker has imported the user's modules, or the failure of one that couldn't."""
         return await self._scorer.ready()
 
     async def check(self) -> Failure | None:
-        """None where all functions exist and accept their arguments, or the first problem."""
+        """None if all functions exist and accept their arguments, or the failure of the first that doesn't."""
         return await self._scorer.check()
 
     async def score(self, prompt: Prompt, completions: tuple[Completion, ...]) -> tuple[Score, ...] | Failure:
@@ -59,7 +59,7 @@ class RewardServer:
         return await self._scorer.score(prompt, completions)
 
     async def stop(self) -> None:
-        """Kill the worker processes; groups in flight end with a failure."""
+        """Kill the worker processes. Groups that are being scored end with a failure."""
         await asyncio.to_thread(self._scorer.stop)
 
 
@@ -97,7 +97,7 @@ class RewardHandle:
         _raise_if_failure(await self._call(self.actor.check.remote(), "check its functions", deadline_s))
 
     async def stop(self, *, deadline_s: float) -> None:
-        """End the workers, then the actor; the actor in any case, within the deadline."""
+        """End the workers, then the actor. The actor is ended within the deadline in any case."""
         try:
             with contextlib.suppress(FailureError):  # it may be dead already
                 await self._call(self.actor.stop.remote(), "stop", deadline_s)
