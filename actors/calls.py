@@ -1,20 +1,30 @@
-"""Calls to several actors of one role at once, with a deadline, whose failures say who, what and how long."""
+"""Calls to actors: one actor, or several of one role at once. Each has a deadline; a failure says who, what, how long.
+
+Both ways run the same code, so every role reports the same three failures: `<role>_died`, `<role>_timeout` and
+`<role>_raised`. A push of weights calls generators from a trainer's own thread and doesn't come through here
+(:mod:`actors.weights.push.port`).
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+import ray
+from ray.exceptions import RayError, RayTaskError
 
 from rollout.failures import Failure, FailureError, FailureKind
 
 PEER_REFUSED = "peer_refused"
-"""Reason of the failure on actors that are well, when a peer of theirs refused the same call."""
+"""Reason of the failure that healthy actors report when one of their peers has refused the same call."""
+START = "start"
+"""What an actor is asked first; a timeout of it names the resources too, which may be what the actor waits for."""
 SETTLE_S = 5.0
+"""How long the other calls of a :func:`gather` may still take after one has failed, to find the one at fault."""
 
 
 @dataclass(frozen=True)
@@ -41,60 +51,98 @@ class ActorResources:
         }
 
 
+async def call(reference: Any, *, role: str, who: str, what: str, deadline_s: float) -> Any:
+    """The result of one call. If this is cancelled or runs out of time, Ray cancels the call.
+
+    Args:
+        reference: what `actor.method.remote(...)` returned.
+        role: what the reasons of failures start with ("generator").
+        who: what messages call the actor ("generator-3").
+        what: what it was asked, as a verb ("load policy version 7"); :data:`START` for the first call.
+        deadline_s: from now.
+    Raises:
+        FailureError: the actor's own, as it is; INFRASTRUCTURE where the actor died or couldn't be reached
+            (`<role>_died`) or ran out of time (`<role>_timeout`); BUG where it raised anything else (`<role>_raised`,
+            with its traceback).
+    """
+    return (await _results({who: reference}, role, what, deadline_s))[who]
+
+
 async def gather(calls: Mapping[str, Any], role: str, what: str, deadline_s: float) -> dict[str, Any]:
-    """Results of calls by the name of the actor they went to.
+    """The results of several calls, by the name of the actor that each went to.
+
+    Where several fail, the failure nearest to the cause is raised: peers that waited for the one at fault fail too.
+    If this is cancelled, runs out of time or fails, Ray cancels the calls that are still running.
 
     Args:
         calls: object references by name ("rank 0").
         role: what the actors are ("policy").
-        what: what they were asked, as a verb ("update").
+        what: as in :func:`call`.
         deadline_s: for all of them together.
     Raises:
-        FailureError: the actor's own; INFRASTRUCTURE where one died (`<role>_died`) or ran out of time
-            (`<role>_timeout`); BUG where it raised anything else (`<role>_raised`, with its traceback).
+        FailureError: as :func:`call`.
     """
+    names = {f"{role} {name}": name for name in calls}
+    results = await _results({who: calls[name] for who, name in names.items()}, role, what, deadline_s)
+    return {names[who]: result for who, result in results.items()}
+
+
+async def _results(references: Mapping[str, Any], role: str, what: str, deadline_s: float) -> dict[str, Any]:
+    """The result of each call, by who was asked."""
     started = time.monotonic()
-    names = {asyncio.ensure_future(asyncio.wrap_future(call.future())): name for name, call in calls.items()}
-    done, pending = await asyncio.wait(names, timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
-    failed = [task for task in done if task.exception() is not None]
-    if failed and pending:
-        # Peers that waited for the failed one fail with it; the first to say so need not be the one at fault.
-        more, pending = await asyncio.wait(pending, timeout=min(SETTLE_S, deadline_s))
-        failed += [task for task in more if task.exception() is not None]
-    for task in pending:
-        task.cancel()
+    answers = {who: asyncio.wrap_future(reference.future()) for who, reference in references.items()}
+    try:
+        await _wait(answers.values(), deadline_s, asyncio.FIRST_EXCEPTION)
+        if any(answer.done() and answer.exception() is not None for answer in answers.values()):
+            await _wait(answers.values(), min(SETTLE_S, deadline_s), asyncio.ALL_COMPLETED)
+        late = [who for who, answer in answers.items() if not answer.done()]
+    finally:
+        for who, answer in answers.items():
+            if not answer.done():
+                answer.cancel()
+                ray.cancel(references[who])
     seconds = time.monotonic() - started
-    failures = [_failure(task.exception(), f"{role} {names[task]}", role, what, seconds) for task in failed]
+    errors = {who: answer.exception() for who, answer in answers.items() if who not in late}
+    failures = [(_failure(error, who, role, what, seconds), error) for who, error in errors.items() if error]
     if failures:
-        failure, cause = min(failures, key=lambda item: _blame(item[0]))
+        failure, cause = min(failures, key=lambda item: _distance_from_cause(item[0]))
         raise FailureError(failure) from cause
-    if pending:
-        late = ", ".join(sorted(names[task] for task in pending))
-        raise FailureError(
-            Failure(
-                FailureKind.INFRASTRUCTURE,
-                f"{role}_timeout",
-                f"{role} {late} didn't {what} within {deadline_s:g} s. Its process is stuck or too slow; "
-                "raise the deadline in the recipe if it is only slow.",
-            )
-        )
-    return {names[task]: task.result() for task in done}
+    if late:
+        raise FailureError(_timeout(late, role, what, deadline_s))
+    return {who: answer.result() for who, answer in answers.items()}
 
 
-def _failure(
-    error: BaseException | None, who: str, role: str, what: str, seconds: float
-) -> tuple[Failure, BaseException | None]:
+async def _wait(answers: Iterable[asyncio.Future[Any]], deadline_s: float, until: str) -> None:
+    """Wait for the answers, at most until the deadline. `asyncio.wait` raises none of their own errors."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(deadline_s):  # wait_for may forget that it was cancelled, before Python 3.12
+            await asyncio.wait(answers, return_when=until)
+
+
+def _failure(error: BaseException, who: str, role: str, what: str, seconds: float) -> Failure:
     cause = getattr(error, "cause", None)
     if isinstance(cause, FailureError):
-        return cause.failure, error
-    if isinstance(error, RayTaskError):
-        return Failure(FailureKind.BUG, f"{role}_raised", f"{who} raised when asked to {what}: {error}"), error
-    reason = f"{role}_died" if isinstance(error, RayActorError) else f"{role}_unreachable"
-    message = f"{who} was lost {seconds:.1f} s after it was asked to {what}: {error}"
-    return Failure(FailureKind.INFRASTRUCTURE, reason, message), error
+        return cause.failure
+    if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+        message = (
+            f"{who} died or couldn't be reached, {seconds:.1f} s after it was asked to {what}: "
+            f"{type(error).__name__}: {error}"
+        )
+        return Failure(FailureKind.INFRASTRUCTURE, f"{role}_died", message)
+    return Failure(FailureKind.BUG, f"{role}_raised", f"{who} raised when asked to {what}: {error}")
 
 
-def _blame(failure: Failure) -> int:
+def _timeout(late: list[str], role: str, what: str, deadline_s: float) -> Failure:
+    why = "or the cluster lacks the resources it asks for (see `ray status`)" if what == START else "or is too slow"
+    return Failure(
+        FailureKind.INFRASTRUCTURE,
+        f"{role}_timeout",
+        f"{', '.join(late)} didn't {what} within {deadline_s:g} s. The process hangs, {why}. If it only needs longer, "
+        "raise the deadline in the recipe.",
+    )
+
+
+def _distance_from_cause(failure: Failure) -> int:
     """Lower is nearer to the cause: a refusal, then a death, then an error that may only follow from a death."""
     if failure.reason == PEER_REFUSED:
         return 3

@@ -21,12 +21,18 @@ class RewardComponentConfig(BaseModel):
 
 
 class RewardConfig(BaseModel):
-    """What completions are worth, and the bounds within which that is found out."""
+    """The components of the reward, and the bounds of their calls."""
 
     model_config = STRICT
 
-    components: tuple[RewardComponentConfig, ...] = Field(min_length=1, description="The components, summed by weight.")
-    modules: tuple[Path, ...] = Field((), description="Python files to import first; they register the functions.")
-    workers: int = Field(1, ge=1, description="Worker processes in which functions run, apart from the server.")
-    deadline_s: float = Field(10.0, gt=0.0, description="Time for one call of a function; then its worker is killed.")
-    max_attempts: int = Field(2, ge=1, description="Tries of a failed call before the group is dropped.")
+    components: tuple[RewardComponentConfig, ...] = Field(
+        min_length=1, description="The components; the reward is their sum by weight."
+    )
+    modules: tuple[Path, ...] = Field(
+        (), description="Python files that register the functions; each worker imports them."
+    )
+    workers: int = Field(1, ge=1, description="Worker processes in which functions run, beside the server's own.")
+    deadline_s: float = Field(
+        10.0, gt=0.0, description="Time for one call of a function; a worker that takes longer is killed."
+    )
+    max_attempts: int = Field(2, ge=1, description="How many times a call is tried before the group is dropped.")

@@ -1,6 +1,6 @@
-"""What a reward function is: the request it sees, the decorator that registers it, and how it is looked up and called.
+"""Reward functions: the request they take, the decorator that registers them, and how one is looked up and called.
 
-Nothing here runs a function apart from the caller; that is in ``reward.group_scoring``.
+Here a function is called in the caller's own process; ``reward.group_scoring`` has it called in worker processes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RewardRequest:
     """One completion and everything the policy saw before it.
 
     Attributes:
-        prompt: the messages, the target and the metadata, as the data set gave them.
+        prompt: the messages, the target and the metadata, as the data set has them.
         completion: the decoded completion, without special tokens.
         token_ids: [tokens] int32, the completion as it was sampled.
         finish_reason: why it ended; LENGTH means that it is truncated.
@@ -55,7 +55,7 @@ class RewardRequest:
 
     @property
     def prompt_text(self) -> str:
-        """The text of all messages, joined by newlines; media leave no trace in it."""
+        """The text of all messages, joined by newlines, without the media."""
         return "\n".join("".join(p.text for p in m.parts if isinstance(p, TextPart)) for m in self.prompt.messages)
 
     @property
@@ -80,23 +80,23 @@ class RewardRequest:
 
     @property
     def images(self) -> list[Image.Image]:
-        """The prompt's images, decoded now (once for a whole group); yours to change.
+        """The prompt's images, decoded when asked for (once a group). You get copies.
 
         Raises:
             DataError: an image can't be read.
-            ValueError: the prompt has images and the request no media folder.
+            ValueError: the prompt has images and the request has no media folder.
         """
         refs = [ref for ref in self.media if ref.kind == "image"]
         if refs and self.media_folder is None:
             raise ValueError(
-                f"prompt {self.prompt_id} has images but the request names no media_folder to read them in"
+                f"prompt {self.prompt_id} has images, but the request has no media_folder to read them from"
             )
         return [_decoded(self.media_folder, ref).copy() for ref in refs if self.media_folder is not None]
 
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A registered function and how it wants to be called."""
+    """A registered function and how it is called."""
 
     name: str
     function: Callable[..., Any]
@@ -109,7 +109,7 @@ class RewardFunction:
         return self.batched or self.style != "request"
 
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
-        """Raise TypeError, in the words of the call that would fail, where ``arguments`` don't fit the signature."""
+        """Raise the TypeError that a call would raise, if ``arguments`` don't fit the signature."""
         signature = inspect.signature(self.function)
         if self.style == "request":
             signature.bind(object(), **arguments)
@@ -117,7 +117,7 @@ class RewardFunction:
             signature.bind_partial([], [], **arguments)
 
     def call(self, requests: list[RewardRequest], arguments: Mapping[str, Any]) -> Any:
-        """Call the function: with the one request, or with all of them where it takes a group. Its raw result."""
+        """What the function returns for the one request, or for all of them if it takes a group."""
         if self.style != "request":
             prompts, completions, columns = _columns(requests, chat=self.style == "chat_columns")
             return self.function(prompts, completions, **self._accepted(columns), **_own(columns, arguments))
@@ -193,12 +193,12 @@ def reward_function(
     """
 
     if not name or "/" in name:
-        raise ValueError(f"{name!r} can't name a reward function: a name isn't empty and has no '/'")
+        raise ValueError(f"{name!r} can't name a reward function: a name must be non-empty text without '/'")
 
     def register(function: AnyFunction) -> AnyFunction:
         if inspect.iscoroutinefunction(function):
             raise TypeError(
-                f"reward function {name!r} is asynchronous; make it a plain function that calls asyncio.run"
+                f"reward function {name!r} is asynchronous; make it a plain function, which may call asyncio.run"
             )
         taken = _REGISTERED.get(name)
         if taken is not None and _origin(taken.function) != _origin(function):

@@ -1,6 +1,6 @@
-"""Built-in verifiers: rewards that a rule can decide. Each looks at one completion and its target.
+"""Built-in verifiers: reward functions that decide by a rule, each from one completion and its target.
 
-A target that is missing or can't be read is a failure of the data (``target_missing``, ``target_invalid``), not a zero.
+A target that is missing or can't be read is a failure of the data (``target_missing``, ``target_invalid``).
 """
 
 from __future__ import annotations

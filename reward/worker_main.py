@@ -1,7 +1,8 @@
-"""The worker process: imports the user's modules once, then scores calls until its server closes the connection.
+"""What runs inside a worker process: it imports the user's modules once, then calls reward functions as it is told.
 
-Started by ``reward.worker_pool`` as ``python -m reward.worker_main <descriptor>``; it talks over an inherited socket,
-whose other end only its parent holds. Light on imports: no torch, no Ray, unless the user's modules bring them.
+``reward.worker_pool`` starts it as ``python -m reward.worker_main <socket> <stack file>`` (two inherited descriptors)
+and holds the other end of the socket. The process ends when its parent closes that end. It imports neither torch nor
+Ray, unless the user's modules do.
 """
 
 from __future__ import annotations
@@ -21,23 +22,24 @@ from typing import Any
 import reward.verifiers  # noqa: F401  registers the built-in verifiers
 from reward.config import RewardComponentConfig
 from reward.registry import RewardRequest, UnknownRewardError, get_reward_function
-from reward.scoring import ComponentValues, raised, read_value, read_values
+from reward.returned_values import ComponentValues, raised, read_value, read_values
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.user_code import import_modules
 
 CallResult = ComponentValues | Failure
+"""What became of one request to a reward function."""
 
 
 @dataclass(frozen=True)
 class SetUp:
-    """First message. The answer: None, or the Failure of a module."""
+    """The first message: import these modules. The answer: None, or the Failure of a module."""
 
     modules: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
 class Check:
-    """Do the functions exist and accept their arguments? The answer: None or a Failure."""
+    """Check that the functions exist and accept their arguments. The answer: None or a Failure."""
 
     components: tuple[RewardComponentConfig, ...]
 
@@ -46,8 +48,8 @@ class Check:
 class Call:
     """Score these completions of one prompt with one function.
 
-    The answers: lists of outcomes, in order, until there is one a request. A function that scores one completion
-    answers after each, so that the server can hold every call to its deadline and knows which one broke it.
+    The answers: lists of results, in order, until there is one for each request. A function that scores one completion
+    answers after each, so that the pool can hold every call to its deadline and knows which request broke it.
     """
 
     label: str
@@ -56,8 +58,8 @@ class Call:
     requests: tuple[RewardRequest, ...]
 
 
-def outcomes(call: Call) -> Iterator[list[CallResult]]:
-    """Run the call: one list of one outcome a request, or one list of all where the function takes the group."""
+def run_call(call: Call) -> Iterator[list[CallResult]]:
+    """Call the function: one list for each request with its result, or one list of all if it takes the group."""
     requests = list(call.requests)
     prompt_id = requests[0].prompt_id
     try:
@@ -68,21 +70,21 @@ def outcomes(call: Call) -> Iterator[list[CallResult]]:
     if function.takes_group:
         try:
             values = function.call(requests, call.arguments)
-        except BaseException as error:  # a user's sys.exit() is theirs to answer for, not ours to follow
+        except BaseException as error:  # a sys.exit() in user code is a failure of it, and doesn't end this process
             yield [raised(call.label, prompt_id, error)] * len(requests)
         else:
             yield read_values(call.label, prompt_id, values, len(requests))
         return
     for request in requests:
         try:
-            outcome = read_value(call.label, prompt_id, function.call([request], call.arguments))
+            result = read_value(call.label, prompt_id, function.call([request], call.arguments))
         except BaseException as error:
-            outcome = raised(call.label, prompt_id, error)
-        yield [outcome]
+            result = raised(call.label, prompt_id, error)
+        yield [result]
 
 
 def check(components: tuple[RewardComponentConfig, ...]) -> Failure | None:
-    """The first function that isn't registered or doesn't accept its arguments."""
+    """The failure of the first function that isn't registered or doesn't accept its arguments, or None."""
     for component in components:
         try:
             get_reward_function(component.function).check_arguments(component.arguments)
@@ -98,7 +100,7 @@ def check(components: tuple[RewardComponentConfig, ...]) -> Failure | None:
 
 
 def set_up(modules: tuple[Path, ...]) -> Failure | None:
-    """Import the user's modules, which register their functions."""
+    """Import the user's modules, which register their functions. The failure of the first that can't be imported."""
     try:
         import_modules(modules)
     except FailureError as error:
@@ -123,8 +125,8 @@ def serve(connection: Connection) -> None:
             case Check(components):
                 connection.send(check(components))
             case Call():
-                for chunk in outcomes(message):
-                    connection.send(chunk)
+                for results in run_call(message):
+                    connection.send(results)
 
 
 def _die_with_parent(descriptor: int) -> None:
@@ -136,7 +138,7 @@ def _die_with_parent(descriptor: int) -> None:
 
 
 def main() -> None:
-    """Serve on the socket and write the stack to the file whose descriptors are given, when asked by SIGUSR1."""
+    """Serve on the socket; on SIGUSR1, write the stack to the file. Both come as descriptors on the command line."""
     socket, stack = int(sys.argv[1]), int(sys.argv[2])
     os.set_inheritable(socket, False)
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)

@@ -1,7 +1,8 @@
-"""Worker processes, kept apart from the server: started, given one call at a time, killed at the deadline, replaced.
+"""The pool of worker processes: started, given one call at a time, killed at the deadline, replaced.
 
-One thread and one process a slot, one socket between them: a death or a hang is that slot's alone. (A pool that shares
-pipes between its workers breaks as a whole when one of them dies at the wrong moment.)
+What runs inside a worker is in ``reward.worker_main``. Each slot of the pool is a thread, a worker process and the
+socket between them, so a death or a hang affects one slot only. (A pool whose workers share pipes breaks as a whole
+when one of them dies at the wrong moment.)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from reward.scoring import TRACEBACK_LINES, user_failure
+from reward.returned_values import TRACEBACK_LINES, user_failure
 from reward.worker_main import Call, CallResult, Check, SetUp
 from rollout.failures import Failure, FailureKind
 
@@ -36,17 +37,15 @@ _STACK_S = 0.5
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of a call.
+    """The worker's answers to one call.
 
     Attributes:
-        outcomes: [requests] a value or a failure; None for those the worker didn't come to.
+        results: [requests] values or a failure; None for the requests after one at which the worker died.
         takes_group: the function scores all completions at once.
-        seconds: wall time in the worker.
     """
 
-    outcomes: list[CallResult | None]
+    results: list[CallResult | None]
     takes_group: bool
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class _Job:
 
 
 class _BrokenError(Exception):
-    """The worker is gone or was killed. Carries the reason and what a person reads."""
+    """A worker died or was killed: the reason of its failure, and the problem as its message tells it."""
 
     def __init__(self, reason: str, problem: str) -> None:
         super().__init__(problem)
@@ -64,7 +63,7 @@ class _BrokenError(Exception):
 
 
 class _Worker:
-    """One process and the socket to it."""
+    """One worker process and the socket to it."""
 
     def __init__(self, send_s: float) -> None:
         ours, theirs = socket.socketpair()
@@ -90,7 +89,7 @@ class _Worker:
             raise self._ended() from error
 
     def receive(self, deadline_s: float) -> Any:
-        """The next answer. Raises _BrokenError where the process dies or the deadline passes, and kills it then."""
+        """The next answer. If the process dies or the deadline passes, it is killed and _BrokenError raised."""
         try:
             if self._connection.poll(deadline_s):
                 return self._connection.recv()
@@ -100,11 +99,12 @@ class _Worker:
             raise self._ended()
         where = self._where()
         self.kill()
-        raise _BrokenError("reward_timeout", f"not done after {deadline_s:g} s; its worker was killed.{where}")
+        problem = f"it ran longer than {deadline_s:g} s, and its worker process was killed.{where}"
+        raise _BrokenError("reward_timeout", problem)
 
     def kill(self) -> None:
-        """End the process and what it started."""
-        with contextlib.suppress(ProcessLookupError):  # it went first
+        """Kill the process and every process of its group."""
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(_KILL_S)
 
@@ -118,14 +118,13 @@ class _Worker:
             code = self.process.wait(_KILL_S)
         except subprocess.TimeoutExpired:
             self.kill()
-            return _BrokenError("reward_worker_died", "its worker closed the connection, and was killed")
+            return _BrokenError("reward_worker_died", "its worker process closed the connection and was killed")
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        return _BrokenError(
-            "reward_worker_died", f"its worker process {how} during the call; a crash or os._exit in it?"
-        )
+        problem = f"its worker process {how} during the call; look for a crash or os._exit in the function"
+        return _BrokenError("reward_worker_died", problem)
 
     def _where(self) -> str:
-        """The stack at which the worker hangs, from the worker itself, if it can still say."""
+        """The stack at which the worker hangs, which the worker itself writes on SIGUSR1; "" if it doesn't."""
         os.kill(self.process.pid, signal.SIGUSR1)
         end = time.monotonic() + _STACK_S
         text = b""
@@ -133,14 +132,14 @@ class _Worker:
             time.sleep(0.02)
             text = os.pread(self._stack.fileno(), 1 << 16, 0)
         lines = text.decode(errors="replace").splitlines()[1 : TRACEBACK_LINES - 1]  # the first only names the thread
-        return "\nIt was at (innermost first):\n" + "\n".join(lines) if lines else ""
+        return "\nIts stack was (innermost call first):\n" + "\n".join(lines) if lines else ""
 
 
 class WorkerPool:
-    """A fixed number of slots that take calls from one queue, first come first served."""
+    """A fixed number of workers that take calls from one queue, in the order in which they were submitted."""
 
     def __init__(self, *, workers: int, modules: tuple[Path, ...], start_s: float, deadline_s: float) -> None:
-        """Start the slots. ``start_s`` bounds a worker's start with its imports, ``deadline_s`` one call."""
+        """Start the workers. ``start_s`` bounds a worker's start with its imports, ``deadline_s`` one call."""
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         slots = [_Slot(self._jobs, self._stopping, SetUp(modules), start_s, deadline_s) for _ in range(workers)]
@@ -150,7 +149,7 @@ class WorkerPool:
             slot.start()
 
     def submit(self, message: Call | Check) -> Future[Any]:
-        """Queue a message. A Call gives a Reply, a Check gives None or a Failure; both a Failure when stopped."""
+        """Queue a message. The future of a Call is a Reply, that of a Check is None; of either, it may be a Failure."""
         job = _Job(message)
         self._jobs.put(job)
         if self._stopping.is_set():
@@ -158,7 +157,7 @@ class WorkerPool:
         return job.done
 
     def stop(self) -> None:
-        """Kill the workers and fail what still waits. Returns within seconds."""
+        """Kill the workers. Calls that run or wait end with the failure ``reward_server_stopped``. Takes seconds."""
         self._stopping.set()
         for slot in self._slots:
             self._jobs.put(None)
@@ -176,7 +175,7 @@ class WorkerPool:
 
 
 class _Slot(threading.Thread):
-    """Runs jobs one at a time in a worker, which it replaces when it dies."""
+    """One place in the pool: a thread that runs jobs one at a time in its worker and replaces the worker if it dies."""
 
     def __init__(
         self,
@@ -207,7 +206,7 @@ class _Slot(threading.Thread):
             self._discard()
 
     def kill(self) -> None:
-        """From another thread: end the worker, so that this thread sees it die."""
+        """Kill the worker. Called from another thread; this slot's thread then sees the worker die."""
         worker = self._worker
         if worker is not None:
             worker.kill()
@@ -217,48 +216,46 @@ class _Slot(threading.Thread):
             failure = self._ensure_worker()
             job.done.set_result(failure if failure is not None else self._run(job.message))
         except Exception as error:
-            log.exception("reward worker slot")
+            log.exception("a reward worker's thread failed; its worker is replaced")
             self._discard()
             job.done.set_exception(error)
 
     def _ensure_worker(self) -> Failure | None:
-        """Start a worker where there is none (or it died idle); its modules' failure, if they don't import."""
+        """Start a worker if there is none, or it died between calls. The failure, if it or its modules can't start."""
         if self._worker is not None and self._worker.process.poll() is None:
             return None
         self._discard()
         try:
             self._worker = _Worker(self._deadline_s)
-            if self._stopping.is_set():  # stop() may have looked for the worker just before it was there
+            if self._stopping.is_set():  # stop() may have come before there was a worker to kill
                 self._discard()
                 return _stopped()
             self._worker.send(self._set_up)
             failure: Failure | None = self._worker.receive(self._start_s)
         except _BrokenError as broken:
             names = ", ".join(map(str, self._set_up.modules)) or "none"
-            problem = f"a reward worker didn't start (reward.modules: {names}): {broken.problem}"
+            problem = f"a worker process for reward functions didn't start (reward.modules: {names}): {broken.problem}"
             failure = Failure(FailureKind.INFRASTRUCTURE, "reward_worker_start", problem)
         except OSError as error:
-            failure = Failure(
-                FailureKind.INFRASTRUCTURE, "reward_worker_start", f"can't start a reward worker: {error}"
-            )
+            problem = f"a worker process for reward functions can't be started: {error}"
+            failure = Failure(FailureKind.INFRASTRUCTURE, "reward_worker_start", problem)
         if failure is not None:
             self._discard()
         return failure
 
     def _run(self, message: Call | Check) -> Reply | Failure | None:
         assert self._worker is not None
-        begin = time.monotonic()
-        outcomes: list[CallResult | None] = []
+        results: list[CallResult | None] = []
         takes_group = False
         try:
             self._worker.send(message)
             if isinstance(message, Check):
-                result: Failure | None = self._worker.receive(self._deadline_s)
-                return result
-            while len(outcomes) < len(message.requests):
-                chunk = self._worker.receive(self._deadline_s)
-                takes_group = len(chunk) > 1
-                outcomes += chunk
+                failure: Failure | None = self._worker.receive(self._deadline_s)
+                return failure
+            while len(results) < len(message.requests):
+                received = self._worker.receive(self._deadline_s)
+                takes_group = len(received) > 1
+                results += received
         except _BrokenError as broken:
             self._discard()
             if self._stopping.is_set():
@@ -266,9 +263,9 @@ class _Slot(threading.Thread):
             if isinstance(message, Check):
                 return Failure(FailureKind.USER_CODE, broken.reason, f"the check of reward functions: {broken.problem}")
             prompt_id = message.requests[0].prompt_id
-            outcomes.append(user_failure(broken.reason, message.label, prompt_id, broken.problem))
-            outcomes += [None] * (len(message.requests) - len(outcomes))
-        return Reply(outcomes, takes_group, time.monotonic() - begin)
+            results.append(user_failure(broken.reason, message.label, prompt_id, broken.problem))
+            results += [None] * (len(message.requests) - len(results))
+        return Reply(results, takes_group)
 
     def _discard(self) -> None:
         worker, self._worker = self._worker, None

@@ -1,4 +1,4 @@
-"""When a prompt may be admitted and which groups make the next batch, so that no sample is staler than allowed."""
+"""Admission: when a prompt may be admitted, and which groups make the next batch, within the staleness bound. Pure."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rollout.groups import Group, GroupState
 
 @dataclass(frozen=True, slots=True)
 class AdmissionScheduler:
-    """Admission and batching under a staleness bound.
+    """Decides how many groups may be admitted and which make the next batch, under a staleness bound.
 
     Let B be the groups in a batch and S the staleness bound. Batch b (0, 1, …) is learned from by the policy of version
     b, which makes version b + 1. A group admitted while its generator serves version w carries tokens no older than w,
     so the last batch it may be part of is its deadline w + S. Groups may become ready in any order. A slow one is
-    overtaken as long as it can still make its deadline.
+    overtaken as long as it can still be consumed by its deadline.
 
     Invariants, for `next_batch` = b, at every moment (the tests assert exactly these):
 
@@ -28,13 +28,13 @@ class AdmissionScheduler:
        consumed and the open ones: group k among those not dropped is admitted at version >= k // B - S. A dropped
        group frees its slot at once.
     4. Progress: whenever every open group is ready and the served version is b, either a batch can be made or more
-       groups can be admitted. Nothing waits on itself.
+       groups can be admitted, so there is no deadlock.
     5. With S = 0 batch b holds groups admitted at version b only: synchronous training is this with S = 0.
 
     Attributes:
         batch_groups: B, groups in a training batch.
         max_staleness: S, in policy versions.
-        batches: how many batches the run has in all; groups that no batch would take are not admitted. None: no end.
+        batches: how many batches the run has in all; a group that no batch would take is not admitted. None: no end.
     """
 
     batch_groups: int
@@ -73,13 +73,13 @@ class AdmissionScheduler:
         return max(0, min(room))
 
     def batch(self, open_groups: Iterable[Group], *, next_batch: int) -> tuple[Group, ...] | None:
-        """The groups of the next batch, or None while it is right to wait for more to become ready.
+        """The groups of the next batch, or None while more groups must become ready first.
 
         Ready groups are taken by deadline, then in the order of admission. That leaves the fewest near-deadline groups
         behind of any choice; if even so some would be left that can't all be consumed in time, there is no batch yet.
 
         Raises:
-            FailureError: of kind bug, where a deadline has passed already (the caller's versions went astray).
+            FailureError: of kind bug, if a deadline has passed already (the caller's versions are wrong).
         """
         groups = sorted(open_groups, key=lambda group: (self.deadline(group), group.number))
         deadlines = self._open_by_deadline(groups, next_batch)

@@ -1,6 +1,6 @@
-"""Who trains on what: samples split over ranks and into micro-batches by their token counts. Pure and deterministic.
+"""Splits samples over ranks and into micro-batches and rows, by their token counts. Pure and deterministic.
 
-Every rank computes the same split from the same list, so that none has to be sent.
+Every rank computes the same split from the same list, so the split itself is never sent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def split_evenly(count: int, parts: int) -> list[range]:
 
 
 def split_over_ranks(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Give each sample to one rank, so that tokens are balanced (longest first, to the rank with the fewest).
+    """Give each sample to one rank so that tokens are balanced: longest first, to the rank with the fewest tokens.
 
     The greedy rule keeps the largest load within 4/3 - 1/(3 ranks) of the best possible (Graham, 1969).
 

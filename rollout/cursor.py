@@ -1,4 +1,4 @@
-"""Where training stands in its prompts: endless shuffled epochs that resume with exactly the next prompt."""
+"""Which prompt is drawn next: shuffled epochs without end. A resumed run continues with exactly the next prompt."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rollout.prompts import Prompt
 
 
 class PromptCursor:
-    """Draws prompts, each once an epoch, in an order that seed and epoch alone decide.
+    """Draws prompts: each once an epoch, in an order that follows from the seed and the epoch alone.
 
     Checkpoints: ``state(open_prompts)`` with the prompts of the groups that are open at that moment. A cursor restored
-    from it draws those first and then what would have come next, so no prompt is lost or drawn twice. (Groups admitted
-    after the checkpoint come again by themselves; don't give those back too.)
+    from it draws those first and then what would have come next, so no prompt is lost or drawn twice. (Prompts drawn
+    after the checkpoint come again by themselves.)
     """
 
     def __init__(self, prompt_set: PromptSet, *, seed: int) -> None:
@@ -34,16 +34,16 @@ class PromptCursor:
 
     @property
     def epoch(self) -> int:
-        """Whole passes over the prompts so far."""
+        """How many whole passes over the prompts are done."""
         return self._epoch
 
     @property
     def quarantined(self) -> frozenset[str]:
-        """Ids of the prompts that are not drawn any more."""
+        """Ids of the prompts that are never drawn again."""
         return frozenset(self._quarantined)
 
     def take(self, n: int) -> list[Prompt]:
-        """The next `n` prompts: those given back first, then the epoch's, on into the next epochs.
+        """The next `n` prompts: first those that were open at the checkpoint, then the epoch's and the next epochs'.
 
         Raises:
             DatasetError: every prompt is quarantined.
@@ -55,19 +55,14 @@ class PromptCursor:
         self._check_known(prompt_id)
         self._quarantined.add(prompt_id)
 
-    def give_back(self, prompts: Iterable[Prompt]) -> None:
-        """Hand back prompts that were drawn but not used; they are drawn next, in this order."""
-        prompts = list(prompts)
-        for prompt in prompts:
-            self._check_known(prompt.prompt_id)
-        self._given_back.extendleft(reversed(prompts))
-
     def state(self, open_prompts: Iterable[Prompt] = ()) -> dict[str, Any]:
-        """Everything needed to go on from here, JSON-serialisable.
+        """What :meth:`restore` continues from. JSON-serialisable.
 
         Args:
             open_prompts: prompts drawn whose groups are still open; the restored cursor draws them first. This
-                cursor itself is unchanged.
+                cursor itself stays as it is.
+        Raises:
+            ValueError: an open prompt isn't of this set.
         """
         given_back = [prompt.prompt_id for prompt in (*open_prompts, *self._given_back)]
         for prompt_id in given_back:
@@ -83,15 +78,16 @@ class PromptCursor:
 
     @classmethod
     def restore(cls, prompt_set: PromptSet, state: Mapping[str, Any]) -> PromptCursor:
-        """The cursor that `state` was taken of.
+        """The cursor whose state `state` is.
 
         Raises:
-            DatasetError: the prompts are not those of the state; to go on with them would repeat some and skip others.
+            DatasetError: the prompts are not those of the state, so some would be drawn twice and others never.
         """
         if state["digest"] != prompt_set.digest:
             raise DatasetError(
                 f"{prompt_set.source} has changed since the checkpoint: its digest was {state['digest'][:12]} and is "
-                f"{prompt_set.digest[:12]} now ({len(prompt_set)} prompts). Bring the old data back, or start a new run"
+                f"{prompt_set.digest[:12]} now ({len(prompt_set)} prompts). Restore the data of the checkpoint, or "
+                "start a new run"
             )
         cursor = cls(prompt_set, seed=state["seed"])
         cursor._epoch, cursor._position = state["epoch"], state["position"]
@@ -102,7 +98,10 @@ class PromptCursor:
 
     def _next(self) -> Prompt:
         if len(self._quarantined) == len(self._by_id):
-            raise DatasetError(f"every one of the {len(self._by_id)} prompts of {self._set.name} is quarantined")
+            raise DatasetError(
+                f"every one of the {len(self._by_id)} prompts of {self._set.name} is quarantined. The group_dropped "
+                "events of the run record say why"
+            )
         while True:
             prompt = self._given_back.popleft() if self._given_back else self._next_of_epoch()
             if prompt.prompt_id not in self._quarantined:
@@ -122,4 +121,4 @@ class PromptCursor:
 
     def _check_known(self, prompt_id: str) -> None:
         if prompt_id not in self._by_id:
-            raise ValueError(f"prompt {prompt_id} is not one of {self._set.name}'s {len(self._by_id)} prompts")
+            raise ValueError(f"prompt {prompt_id} is not one of the {len(self._by_id)} prompts of {self._set.name}")

@@ -1,4 +1,4 @@
-"""Prompts from files and from registered builders. A bad row is set aside and counted; a bad data set is refused."""
+"""Loads prompts from files and registered builders. A bad row is quarantined and counted; a bad data set is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _builders: dict[str, Builder] = {}
 
 
 class DatasetError(FailureError, ValueError):
-    """A data set as a whole can't be used: a missing file, column or builder, or no usable row."""
+    """The whole data set can't be used: a file, column or builder is missing, or no row is usable."""
 
     def __init__(self, what: str | Failure) -> None:
         super().__init__(what if isinstance(what, Failure) else Failure(FailureKind.DATA, "dataset_unusable", what))
@@ -37,7 +37,7 @@ def dataset_builder(name: str) -> Callable[[Builder], Builder]:
 
     The function is called as ``build(media, split, **arguments)`` with the media store, the split and the recipe's
     arguments, and yields prompts, or rows: dictionaries that map to prompts as the rows of a file do, where images may
-    also be PIL images. A row that can't be used is set aside; an exception ends the run.
+    also be PIL images. A row that can't be used is quarantined. An exception ends the run.
 
     Raises:
         ValueError: another function has the name already.
@@ -46,7 +46,7 @@ def dataset_builder(name: str) -> Callable[[Builder], Builder]:
     def register(build: Builder) -> Builder:
         known = _builders.get(name)
         if known is not None and _origin(known) != _origin(build):
-            raise ValueError(f"dataset builder {name!r} is registered twice: {_origin(known)} and {_origin(build)}")
+            raise ValueError(f"dataset builder {name!r} is registered twice: by {_origin(known)} and {_origin(build)}")
         _builders[name] = build
         return build
 
@@ -55,13 +55,13 @@ def dataset_builder(name: str) -> Callable[[Builder], Builder]:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts ready for use.
+    """The usable prompts of a data set, and the rows that are quarantined.
 
     Attributes:
-        name: for people and for lineage (file name, or builder and split).
+        name: what messages and lineage call it (file name, or builder and split).
         source: the file, or the builder with its arguments.
         prompts: in the order of the source.
-        quarantined: rows set aside, each with its number (from 1) and why.
+        quarantined: rows that can't be used, each with its number (from 1) and the failure.
     """
 
     name: str
@@ -71,12 +71,12 @@ class PromptSet:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the prompt ids in order: equal digests mean equal prompts, media included."""
+        """SHA-256 of the prompt ids in order. Equal digests mean equal prompts, media included."""
         return hashlib.sha256("\n".join(prompt.prompt_id for prompt in self.prompts).encode()).hexdigest()
 
     @property
     def quarantined_by_reason(self) -> dict[str, int]:
-        """How many rows were set aside, by reason."""
+        """How many rows are quarantined, by reason."""
         return dict(Counter(failure.reason for _, failure in self.quarantined))
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ def load_prompts(config: DatasetConfig, media: MediaStore, *, base: Path) -> Pro
             raised, or no row is usable.
     """
     if (config.path is None) == (config.builder is None):
-        raise DatasetError("a data set needs either a path (.jsonl, .parquet) or a builder, and not both")
+        raise DatasetError("a data set needs either a path (.jsonl, .parquet) or a builder: set exactly one of the two")
     if config.path is not None:
         path = (base / config.path).resolve()
         images_base, name, source = path.parent, path.stem, str(path)
@@ -150,7 +150,7 @@ def _rows_of_file(path: Path, config: DatasetConfig) -> Rows:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DatasetError(f"the data file {path} {what}.{_did_you_mean(path.name, siblings)}")
     if path.suffix not in (".jsonl", ".parquet"):
-        raise DatasetError(f"the data file {path} is neither .jsonl nor .parquet; convert it, or register a builder")
+        raise DatasetError(f"the data file {path} is neither .jsonl nor .parquet; convert it, or use a dataset builder")
     try:
         columns, rows = read_rows(path)
     except (OSError, ValueError) as error:
@@ -176,7 +176,7 @@ def _rows_of_builder(config: DatasetConfig, media: MediaStore) -> Rows:
         known = ", ".join(sorted(_builders)) or "none"
         raise DatasetError(
             f"no dataset builder is registered as {name!r}.{_did_you_mean(name, _builders)} Registered: {known}. "
-            "The file that registers it must be named in data.modules"
+            "Name the file that registers it in data.modules"
         )
     try:
         inspect.signature(build).bind(media, config.split, **config.arguments)
@@ -189,7 +189,7 @@ def _rows_of_builder(config: DatasetConfig, media: MediaStore) -> Rows:
         for number, row in enumerate(build(media, config.split, **config.arguments), start=1):
             if not isinstance(row, Prompt | dict):
                 raise DatasetError(
-                    f"dataset builder {name!r} yielded a {type(row).__name__}, row {number}; it must be Prompt or dict"
+                    f"dataset builder {name!r} yielded a {type(row).__name__} as row {number}; yield a Prompt or a dict"
                 )
             yield number, row
     except DatasetError:
@@ -200,7 +200,7 @@ def _rows_of_builder(config: DatasetConfig, media: MediaStore) -> Rows:
 
 
 def _wanted_columns(config: DatasetConfig) -> dict[str, str]:
-    """Setting → column, for the columns that must exist."""
+    """The columns that must exist, by the setting that names each."""
     columns = {
         "prompt_column": config.prompt_column,
         "images_column": config.images_column,
@@ -223,7 +223,7 @@ def _nothing_usable(source: str, quarantined: list[tuple[int, Failure]]) -> str:
     counts = Counter(failure.reason for _, failure in quarantined)
     reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common())
     examples = "; ".join(f"row {number}: {failure.message}" for number, failure in quarantined[:3])
-    return f"{source}: none of {len(quarantined)} rows is usable ({reasons}). {examples}"
+    return f"{source} has no usable row: all {len(quarantined)} are quarantined ({reasons}). {examples}"
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Prompts as the model reads them: chat template, token ids, pixels. Every role encodes through this one file.
+"""Encodes prompts for the model: chat template, token ids, pixels. Every role encodes through this file.
 
 Two forms of a prompt exist and are never mixed: *unexpanded* ids, as the chat template renders them (what vLLM takes
 together with the images, and expands itself), and *expanded* ids with one placeholder for each vision token (what the
@@ -35,7 +35,7 @@ CACHE_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedPrompt:
-    """A prompt for an engine that expands media placeholders itself.
+    """A prompt for vLLM, which expands media placeholders itself.
 
     Attributes:
         text: the rendered chat template, with the opening of the assistant's turn.
@@ -75,12 +75,12 @@ class PromptEncoder:
         banned_token_ids: Iterable[int],
         stop_token_ids: Iterable[int],
     ) -> None:
-        """Prefer :meth:`from_pretrained`."""
+        """Use :meth:`from_pretrained`, which reads all of this from a model's folder."""
         self.tokenizer = tokenizer
         self.processor = processor
         self.takes_images: bool = getattr(processor, "image_processor", None) is not None
         self.banned_token_ids: tuple[int, ...] = tuple(sorted(set(banned_token_ids)))
-        """Media placeholders: must never be sampled, because no feature stands behind a sampled one."""
+        """Media placeholders. They must never be sampled: a sampled one would have no features."""
         self.stop_token_ids: tuple[int, ...] = tuple(sorted(set(stop_token_ids)))
         """Tokens that end the assistant's turn."""
         self._media = media
@@ -131,7 +131,7 @@ class PromptEncoder:
         return EncodedPrompt(text, self._tokenize(text), [self._media.load_image(ref) for ref in prompt.media])
 
     def expand(self, prompt: Prompt) -> ExpandedPrompt:
-        """Token ids with expanded placeholders, and the features behind them; once a prompt, then from a cache.
+        """Token ids with expanded placeholders, and their features. A prompt is expanded once, then read from a cache.
 
         Raises:
             DataError: as :meth:`encode`, and `media_unprocessable` when the processor refuses an image.
@@ -145,7 +145,7 @@ class PromptEncoder:
         return expanded
 
     def encode_response(self, text: str) -> NDArray[np.int32]:
-        """[tokens] int32: a response to imitate, as the assistant would have written it, its end of turn included."""
+        """[tokens] int32 of a response to imitate, with the end of the assistant's turn."""
         end = self.tokenizer.eos_token_id
         ends = [end if end is not None else self.stop_token_ids[0]]
         return np.concatenate([self._tokenize(text), np.asarray(ends, dtype=np.int32)])
@@ -155,9 +155,9 @@ class PromptEncoder:
         return str(self.tokenizer.decode([int(token) for token in token_ids], skip_special_tokens=True))
 
     def filler(self) -> ExpandedPrompt:
-        """The smallest prompt that runs every part of the model, with a blank image where it takes images.
+        """The smallest prompt that runs every module of the model, with a blank image if it takes images.
 
-        For a rank that has nothing else to run while its peers wait for it in a collective.
+        For a rank that has no samples left while its peers wait for it in a collective.
         """
         parts: list[dict[str, str]] | str = "."
         images: list[Image] = []
@@ -198,7 +198,7 @@ class PromptEncoder:
         return str(renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def _content(self, parts: Iterable[TextPart | MediaPart]) -> str | list[dict[str, str]]:
-        """Lists of typed parts for multimodal templates; plain strings for text-only ones, which know no others."""
+        """A list of typed parts for a multimodal template; a string for a text-only one, which takes nothing else."""
         if self.processor is None:
             return "".join(part.text for part in parts if isinstance(part, TextPart))
         return [
@@ -239,7 +239,7 @@ def _size(expanded: ExpandedPrompt) -> int:
 
 
 def _placeholder_ids(config: Any, processor: Any | None) -> set[int]:
-    """Ids of the media placeholders, which model families name differently and keep in config or processor."""
+    """Ids of the media placeholders. Model families name them differently, in the config or the processor."""
     if processor is None:
         return set()
     found = (getattr(holder, name, None) for holder in (config, processor) for name in PLACEHOLDER_FIELDS)
@@ -247,7 +247,7 @@ def _placeholder_ids(config: Any, processor: Any | None) -> set[int]:
 
 
 def _stop_ids(folder: Path, config: Any, tokenizer: Any) -> set[int]:
-    """End-of-turn tokens: the generation config's, else the model config's, and always the tokenizer's own."""
+    """End-of-turn tokens: the generation config's, or else the model config's, and always the tokenizer's."""
     from transformers import GenerationConfig
 
     declared: Any = None

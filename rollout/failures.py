@@ -1,4 +1,4 @@
-"""The kinds of failure. Every failure in the system is one of these, and each kind has its own remedy and budget."""
+"""Failures and their kinds. Every failure in the system has one of these kinds, each with its own remedy and budget."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Failure:
 
 
 class FailureError(Exception):
-    """A :class:`Failure` on its way up a call stack. Pickles (Ray carries it between processes)."""
+    """A :class:`Failure` as an exception. It pickles, so Ray carries it between processes."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)

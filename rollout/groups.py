@@ -1,7 +1,7 @@
-"""The life of a group, from admission to the trainer: a pure state machine, events in, new state and transitions out.
+"""The states of a group from admission to the trainer. A pure state machine: events in, new state and transitions out.
 
-ADMITTED → GENERATING → SCORING → READY → CONSUMED, and from each of the first four DROPPED with a reason. Retries are
-no transition: a group stays in GENERATING or SCORING while what failed is tried again.
+ADMITTED → GENERATING → SCORING → READY → CONSUMED, and from each of the first four DROPPED with a reason. A retry is
+no transition: the group stays in GENERATING or SCORING.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rollout.failures import Failure, FailureError, FailureKind
 
 
 class GroupState(StrEnum):
-    """Where a group is."""
+    """The state of a group."""
 
     ADMITTED = "admitted"
     """Its prompt was drawn; no generator has it yet."""
@@ -25,11 +25,11 @@ class GroupState(StrEnum):
     SCORING = "scoring"
     """The reward server scores its completions."""
     READY = "ready"
-    """Scored, and waits for its batch."""
+    """It is scored and waits for its batch."""
     CONSUMED = "consumed"
-    """Part of a training batch. Final."""
+    """It is part of a training batch. Final."""
     DROPPED = "dropped"
-    """Given up, with a reason. Final."""
+    """It is given up, with a reason. Final."""
 
 
 EDGES: Mapping[GroupState, frozenset[GroupState]] = MappingProxyType(
@@ -106,7 +106,7 @@ GroupEvent = Admit | StartGeneration | FinishGeneration | FinishScoring | Consum
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """One edge taken by one group, with what was learned of the group on the way. This is what the ledger keeps.
+    """One group's change of state, with what became known of the group. The ledger keeps these.
 
     Attributes:
         group_id: the group.
@@ -142,7 +142,7 @@ class Group:
     Attributes:
         group_id, prompt_id: which group, of which prompt.
         number: how many groups were admitted before it.
-        served_version: the oldest policy version that may sample for it; the scheduler's deadline hangs on it.
+        served_version: the oldest policy version that may sample for it; its deadline follows from it.
         state: one of the four open states.
     """
 
@@ -155,7 +155,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Every group that was ever admitted, by what became of it: admitted = consumed + dropped + open."""
+    """How many groups were admitted, and what became of them: admitted = consumed + dropped + open."""
 
     admitted: int
     consumed: int
@@ -164,17 +164,17 @@ class Account:
 
     @property
     def is_balanced(self) -> bool:
-        """Whether no group is missing or counted twice."""
+        """Whether every admitted group is counted exactly once."""
         return self.admitted == self.consumed + sum(self.dropped.values()) + self.open
 
 
 class IllegalTransitionError(FailureError):
-    """An event asked a group for an edge that its state machine doesn't have: a bug of the caller's."""
+    """An event asked for a change of state that the state machine doesn't have: a bug of the caller's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """All groups of a run. Pure: an event gives a new value and the transitions to append to the ledger.
+    """All groups of a run. Pure: an event gives a new value, and the transitions to append to the ledger.
 
     Only open groups are held (admission bounds how many), those that ended are counted. At every moment
     ``admitted == consumed + sum(dropped) + len(open)``.
@@ -186,15 +186,15 @@ class Groups:
     dropped: Mapping[str, int] = field(default_factory=dict)
 
     def account(self) -> Account:
-        """The counts, in the ledger's own terms."""
+        """The counts, as the ledger gives them."""
         return Account(self.admitted, self.consumed, dict(self.dropped), len(self.open))
 
     def on(self, event: GroupEvent) -> tuple[Groups, list[Transition]]:
-        """Take one event.
+        """The groups after one event, and its transitions.
 
         Raises:
             IllegalTransitionError: the group's state has no such edge, the group isn't open, or it was admitted
-                already. Nothing has changed then.
+                already. This value stays as it is.
         """
         match event:
             case Admit():

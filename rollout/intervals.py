@@ -38,13 +38,13 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> MeanInterval:
         ValueError: no values, one that is not finite, or a level outside (0, 1).
     """
     if not 0.0 < level < 1.0:
-        raise ValueError(f"a confidence level lies between 0 and 1, not at {level}")
+        raise ValueError(f"a confidence level must lie between 0 and 1; got {level}")
     numbers = [float(value) for value in values]
     if not numbers:
-        raise ValueError("no values, so no mean")
+        raise ValueError("a mean needs at least one value")
     for index, value in enumerate(numbers):
         if not math.isfinite(value):
-            raise ValueError(f"value {index} of {len(numbers)} is {value}; a mean over it says nothing")
+            raise ValueError(f"value {index} of {len(numbers)} is {value}; every value must be finite")
     n, mean, upper_tail = len(numbers), fmean(numbers), (1.0 + level) / 2.0
     if interval_method(numbers) == "wilson":
         z = NormalDist().inv_cdf(upper_tail)

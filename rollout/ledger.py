@@ -1,4 +1,4 @@
-"""What became of every group, on disk: an append-only SQLite ledger of transitions that survives any crash."""
+"""The ledger: what became of every group, as an append-only SQLite file of transitions that survives any crash."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CREATE INDEX IF NOT EXISTS transitions_of_group ON transitions (group_id, seq);
 CREATE INDEX IF NOT EXISTS transitions_by_outcome ON transitions (to_state, reason);
 CREATE TRIGGER IF NOT EXISTS follows_on BEFORE INSERT ON transitions
 WHEN NEW.from_state IS NOT (SELECT to_state FROM transitions WHERE group_id = NEW.group_id ORDER BY seq DESC LIMIT 1)
-BEGIN SELECT RAISE(ABORT, 'the transition does not start where the group is'); END;
+BEGIN SELECT RAISE(ABORT, 'the transition does not start from the state of the group'); END;
 CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON transitions
 BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON transitions
@@ -86,12 +86,12 @@ ORDER BY seq
 
 
 class LedgerError(FailureError):
-    """The ledger can't be read or written, or was asked to record what can't have happened."""
+    """The ledger can't be read or written, or was given a transition that the state machine doesn't have."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupRecord:
-    """One group's lineage, as far as it is known; attributes as in :class:`rollout.groups.Transition`."""
+    """What is known of one group. Attributes as in :class:`rollout.groups.Transition`."""
 
     group_id: str
     prompt_id: str
@@ -109,7 +109,7 @@ class GroupRecord:
 
 
 class Ledger:
-    """Transitions of every group of a run, in ``path`` (SQLite, write-ahead log).
+    """The transitions of every group of a run, in the file ``path`` (SQLite, write-ahead log).
 
     ``append`` writes a batch in one transaction: after a crash of the process all of it is there or none. One process
     writes; any number of others may read meanwhile with ``read_only=True``. Methods may be called from any thread.
@@ -120,7 +120,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path, *, read_only: bool = False, deadline_s: float = 10.0) -> None:
-        """Open or make the ledger. `deadline_s` bounds every wait for another process's lock."""
+        """Open the ledger, or make it. `deadline_s` bounds every wait for a lock of another process."""
         self.path = path
         self._lock = threading.Lock()
         with self._explained():
@@ -144,7 +144,7 @@ class Ledger:
                 raise
 
     def append(self, transitions: Iterable[Transition]) -> None:
-        """Record transitions, in order, all or none."""
+        """Record transitions in order: all of them or none."""
         rows = [tuple(getattr(transition, column) for column in _COLUMNS) for transition in transitions]
         if not rows:
             return
@@ -153,7 +153,7 @@ class Ledger:
             self._connection.executemany(f"INSERT INTO transitions ({', '.join(_COLUMNS)}) VALUES ({marks})", rows)
 
     def account(self) -> Account:
-        """What became of every group, over all sittings of the run, as of one moment."""
+        """What became of every group at one moment, resumed parts of the run included."""
         with self._lock, self._explained():
             rows = self._connection.execute(
                 "SELECT to_state, reason, count(*) FROM transitions "
@@ -172,15 +172,15 @@ class Ledger:
             return [self._record(group_id) for group_id, _ in self._connection.execute(_OPEN_GROUPS).fetchall()]
 
     def group(self, group_id: str) -> GroupRecord | None:
-        """One group's lineage, or None where it never was."""
+        """What is known of one group, or None if it was never admitted."""
         with self._lock, self._explained():
             known = self._connection.execute("SELECT 1 FROM transitions WHERE group_id = ? LIMIT 1", (group_id,))
             return self._record(group_id) if known.fetchone() else None
 
     def recover(self, *, at_s: float) -> list[GroupRecord]:
-        """Drop the groups that a cut run left open, reason ``run_interrupted``, and return them as they were left.
+        """Drop the groups that an interrupted run left open, reason ``run_interrupted``; returns them as they were.
 
-        Call it once, before a resumed run admits anything. Their prompts come again by the cursor of the checkpoint.
+        Call it once, before a resumed run admits anything. The cursor of the checkpoint draws their prompts again.
         """
         left_open = self.open_groups()
         self.append(
@@ -190,14 +190,14 @@ class Ledger:
                 GroupState.DROPPED,
                 at_s,
                 reason=RUN_INTERRUPTED,
-                detail="open when the run was cut",
+                detail="open when the run was interrupted",
             )
             for group in left_open
         )
         return left_open
 
     def close(self) -> None:
-        """Close the file. What was appended is on disk already."""
+        """Close the file. Every transition that was appended is on disk already."""
         with self._lock:
             self._connection.close()
 
@@ -227,7 +227,7 @@ class Ledger:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """SQLite's errors as failures that say what to do."""
+        """Raise SQLite's errors as failures that say what to do."""
         try:
             yield
         except sqlite3.IntegrityError as error:
@@ -243,9 +243,9 @@ def _explain(path: Path, error: sqlite3.Error) -> tuple[str, str]:
     """Reason and message of an SQLite error (codes: sqlite.org/rescode.html; extended codes end in the primary one)."""
     code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
     if code == sqlite3.SQLITE_FULL:
-        return "ledger_disk_full", f"the disk of the ledger {path} is full. Free space and resume; nothing is lost"
+        return "ledger_disk_full", f"the disk of the ledger {path} is full. Free space and resume; its records are kept"
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return "ledger_locked", f"another process holds the ledger {path} locked. Is a second run using this folder?"
+        return "ledger_locked", f"another process has locked the ledger {path}. Stop the run that uses this folder"
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return "ledger_corrupt", f"{path} is damaged or not a ledger ({error}). Move it away or choose another folder"
-    return "ledger_unavailable", f"the ledger {path} can't be used: {error}. Does its folder exist, with write access?"
+    return "ledger_unavailable", f"the ledger {path} can't be used: {error}. Its folder must exist and be writable"

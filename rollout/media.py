@@ -1,4 +1,4 @@
-"""Media by content hash: stored once, carried everywhere as a reference, decoded only where pixels are needed."""
+"""The media store: media by content hash, stored once, passed by reference, decoded only where pixels are needed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class MediaRef:
-    """A medium in the store.
+    """A reference to a medium in the store.
 
     Attributes:
         kind: image, video or audio.
@@ -65,9 +65,9 @@ class MediaStore:
     max_bytes: int = 512 * 2**20
 
     def put_image(self, image: Image.Image) -> MediaRef:
-        """Store an image as an RGB PNG without metadata: equal pixels give an equal reference (one Pillow build)."""
+        """Store an image as an RGB PNG without metadata. Equal pixels give an equal reference (in one Pillow build)."""
         if image.width == 0 or image.height == 0:
-            raise DataError("media_empty", f"an image of {image.width}x{image.height} pixels has nothing to look at")
+            raise DataError("media_empty", f"an image of {image.width}x{image.height} pixels is empty")
         self._check_pixels(image.width, image.height, "image")
         try:
             rgb = _to_rgb(image)
@@ -79,7 +79,7 @@ class MediaStore:
         return self._write(buffer.getvalue(), "image", "image/png")
 
     def put_bytes(self, data: bytes, kind: MediaKind, media_type: str, *, source: str = "medium") -> MediaRef:
-        """Store encoded bytes as they are, once they are known to be what they say.
+        """Check encoded bytes and store them unchanged.
 
         Images are decoded whole to check them; their media type is taken from the bytes. Of video and audio only the
         container's signature is checked.
@@ -95,15 +95,15 @@ class MediaStore:
             _, media_type = self._decode(data, source)
         elif not any(found == kind for found, _ in _signatures(data)):
             reason = "media_not_a_video" if kind == "video" else "media_not_audio"
-            raise DataError(reason, f"{source}: no {kind} container known to us starts with these bytes: {data[:12]!r}")
+            raise DataError(reason, f"{source} starts with {data[:12]!r}, which is no known {kind} container")
         return self._write(data, kind, media_type)
 
     def put_file(self, path: Path, kind: MediaKind | None = None) -> MediaRef:
-        """Store a file. Without `kind` the bytes tell what it is; what no signature matches is taken for an image."""
+        """Store a file. Without `kind` its first bytes decide; a file that no signature matches is read as an image."""
         source = str(path)
         try:
             if not path.is_file():
-                what = "is a folder or a device, not a file" if path.exists() else "does not exist"
+                what = "is a folder or a device; a medium must be a file" if path.exists() else "does not exist"
                 raise DataError("media_missing", f"{source} {what}")
             self._check_size(path.stat().st_size, source)
             data = path.read_bytes()
@@ -114,9 +114,9 @@ class MediaStore:
         return self.put_bytes(data, found_kind, media_type, source=source)
 
     def path(self, ref: MediaRef) -> Path:
-        """Where the bytes of `ref` lie, whether or not they do."""
+        """Where the bytes of `ref` are stored, if they are."""
         if not _SHA256.fullmatch(ref.sha256):
-            raise DataError("media_corrupt", f"{ref.sha256!r} is not a SHA-256 in hex, so it can't name a medium")
+            raise DataError("media_corrupt", f"a medium is named by a SHA-256 in hex, which {ref.sha256!r:.80} is not")
         return self.folder / ref.sha256[:2] / ref.sha256
 
     def read(self, ref: MediaRef) -> bytes:
@@ -127,17 +127,18 @@ class MediaStore:
         except FileNotFoundError as error:
             raise DataError(
                 "media_missing",
-                f"{ref.kind} {ref.sha256[:12]} is not in the media store {self.folder}. Across hosts the store must "
-                "lie on a volume that they share",
+                f"{ref.kind} {ref.sha256[:12]} is not in the media store {self.folder}. With several hosts, "
+                "the store must be on a volume that all of them share",
             ) from error
         except OSError as error:
             raise DataError("media_unreadable", f"{path} can't be read: {error}") from error
         if hashlib.sha256(data).hexdigest() != ref.sha256:
-            raise DataError("media_corrupt", f"{path} no longer holds the bytes it is named for; put the medium again")
+            problem = f"{path} is damaged: its bytes don't have the SHA-256 in its name. Store the medium again"
+            raise DataError("media_corrupt", problem)
         return data
 
     def load_image(self, ref: MediaRef) -> Image.Image:
-        """Decode an image: RGB, upright (EXIF orientation applied), transparency on white."""
+        """The decoded image: RGB, upright (EXIF orientation applied), transparency on white."""
         image, _ = self._decode(self.read(ref), f"image {ref.sha256[:12]}")
         try:
             return _to_rgb(image)
@@ -198,7 +199,7 @@ class MediaStore:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write beside `path` and rename, so that no reader ever sees half a file."""
+    """Write beside `path` and rename, so that a reader sees the whole file or none."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".putting-")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -224,7 +225,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _unidentified(data: bytes, source: str) -> DataError:
-    """Why Pillow knew no decoder: sides of zero, cut off within the header, or not an image at all."""
+    """Why Pillow found no decoder: a side of zero pixels, a header that is cut off, or no image at all."""
     if data.startswith(_PNG_MAGIC) and len(data) >= 24 and 0 in struct.unpack(">II", data[16:24]):
         return DataError("media_empty", f"{source} is a PNG with a side of zero pixels")
     if data.startswith((b"GIF87a", b"GIF89a")) and len(data) >= 10 and 0 in struct.unpack("<HH", data[6:10]):
@@ -240,7 +241,7 @@ def _unidentified(data: bytes, source: str) -> DataError:
 
 
 def _ends_early(data: bytes) -> bool:
-    """Whether a RIFF file (WebP) has fewer bytes than its header announces; Pillow doesn't tell."""
+    """Whether a RIFF file (WebP) has fewer bytes than its header says, which Pillow doesn't report."""
     return data[:4] == b"RIFF" and len(data) < 8 + int.from_bytes(data[4:8], "little")
 
 
@@ -250,7 +251,7 @@ def _decoding_error(source: str, error: BaseException) -> DataError:
 
 
 def _signatures(data: bytes) -> tuple[tuple[MediaKind, str], ...]:
-    """What the first bytes allow: containers such as MP4 and Ogg hold video or audio."""
+    """The kinds and media types that the first bytes allow: a container such as MP4 or Ogg holds video or audio."""
     head = data[:16]
     if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
         return (("audio", "audio/wav"),)

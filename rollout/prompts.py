@@ -41,7 +41,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the policy is asked.
+    """What the policy answers.
 
     Attributes:
         messages: the conversation so far; the policy answers as the assistant.

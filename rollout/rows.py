@@ -1,4 +1,4 @@
-"""One row of a data set as a prompt: columns and chat messages in, typed messages and stored media out."""
+"""Turns a row of a data set into a prompt: columns and chat messages into typed messages and stored media."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from rollout.media import MediaRef, MediaStore
 from rollout.prompts import MediaPart, Message, Part, Prompt, Role, TextPart
 
 IMAGE_PLACEHOLDER = "<image>"
+NO_TARGET = "set target_column: null if no reward needs a target"
 
 
 def read_rows(path: Path) -> tuple[list[str] | None, Iterator[tuple[int, dict[str, Any] | Failure]]]:
-    """The columns of a .jsonl or .parquet file, where its header tells them, and its rows, numbered from 1."""
+    """The columns of a .parquet file (None for .jsonl, which has no header), and the rows, numbered from 1."""
     if path.suffix == ".parquet":
         # Opened here, so that a file that isn't Parquet is refused before the first row is asked for.
         parquet = pyarrow.parquet.ParquetFile(path)
@@ -29,7 +30,7 @@ def read_rows(path: Path) -> tuple[list[str] | None, Iterator[tuple[int, dict[st
 
 
 def column_is_filled(row: dict[str, Any], column: str) -> bool:
-    """Whether the row has a value there: not null, NaN or blank text."""
+    """Whether the column of the row has a value: anything but null, NaN and blank text."""
     value = row.get(column)
     if isinstance(value, float):
         return not math.isnan(value)
@@ -49,7 +50,7 @@ def prompt_from_row(
         _check_prompt(row, config, media)
         return row
     if config.target_column is not None and not column_is_filled(row, config.target_column):
-        raise DataError("target_missing", f"column {config.target_column!r} is empty")
+        raise DataError("target_missing", f"column {config.target_column!r} is empty; {NO_TARGET}")
     if not column_is_filled(row, config.prompt_column):
         raise DataError("prompt_missing", f"column {config.prompt_column!r} is empty")
     images = _image_cells(row.get(config.images_column) if config.images_column else None)
@@ -64,7 +65,7 @@ def prompt_from_row(
 
 def _check_prompt(prompt: Prompt, config: DatasetConfig, media: MediaStore) -> None:
     if config.target_column is not None and prompt.target is None:
-        raise DataError("target_missing", "the prompt has no target; set target_column: null if no reward needs one")
+        raise DataError("target_missing", f"the prompt has no target; {NO_TARGET}")
     if not any(message.role == "user" for message in prompt.messages):
         raise DataError("prompt_missing", "the prompt has no user message")
     for ref in prompt.media:
@@ -77,10 +78,10 @@ def _check_prompt(prompt: Prompt, config: DatasetConfig, media: MediaStore) -> N
 def _messages(prompt: Any, images: list[Any], media: MediaStore, images_base: Path) -> tuple[Message, ...]:
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(turns, list) or not turns:
-        raise _malformed(f"expected text or a list of chat messages, got {type(prompt).__name__}")
+        raise _malformed(f"a prompt must be text or a list of chat messages; this one is {type(prompt).__name__}")
     drafts = [(_role(turn), _content(turn["content"])) for turn in turns]
     if drafts[-1][0] == "assistant":
-        raise _malformed("the last message is the assistant's, but that is the policy's to write")
+        raise _malformed("the last message has the role assistant, but the policy writes that message; remove it")
     placeholders = sum(part is IMAGE_PLACEHOLDER for _, parts in drafts for part in parts)
     if placeholders != len(images):
         raise DataError(
@@ -99,19 +100,19 @@ def _messages(prompt: Any, images: list[Any], media: MediaStore, images_base: Pa
 
 def _role(turn: Any) -> Role:
     if not isinstance(turn, dict) or "role" not in turn or turn.get("content") is None:
-        raise _malformed(f"a chat message needs a role and content, got {str(turn)[:80]}")
+        raise _malformed(f"a chat message needs a role and content; this one is {str(turn)[:80]}")
     if turn["role"] not in get_args(Role):
-        raise _malformed(f"the role {turn['role']!r} is none of {', '.join(get_args(Role))}")
+        raise _malformed(f"the role {turn['role']!r:.80} is not one of {', '.join(get_args(Role))}")
     role: Role = turn["role"]
     return role
 
 
 def _content(content: Any) -> list[object]:
-    """Parts of a message: TextPart, IMAGE_PLACEHOLDER for the next image of the row, or an image of the part's own."""
+    """Parts of a message: TextPart, IMAGE_PLACEHOLDER for the next image of the row, or the part's own image."""
     if isinstance(content, str):
         return _split_text(content)
     if not isinstance(content, list):
-        raise _malformed(f"the content of a message is text or a list of parts, got {type(content).__name__}")
+        raise _malformed(f"a message's content must be text or a list of parts; this one is {type(content).__name__}")
     parts: list[object] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -122,7 +123,7 @@ def _content(content: Any) -> list[object]:
             own = part.get("image") or part.get("path") or part.get("url")
             parts.append(IMAGE_PLACEHOLDER if own is None else own)
         else:
-            raise _malformed(f"a part must be of type text (with text) or image, got {str(part)[:80]}")
+            raise _malformed(f"a message part must be of type text (with text) or image; this one is {str(part)[:80]}")
     return parts
 
 
@@ -154,14 +155,16 @@ def _store(image: Any, media: MediaStore, base: Path) -> MediaRef:
     if isinstance(image, bytes):
         return media.put_bytes(image, "image", "", source="the image in the row")
     if isinstance(image, str) and image.partition("://")[0] in ("http", "https", "s3", "gs"):
-        raise DataError("media_url_refused", f"{image}: images are not fetched by URL; download them beside the file")
+        problem = f"the image is the URL {image[:200]}; download it beside the data file and give its path"
+        raise DataError("media_url_refused", problem)
     if isinstance(image, str | Path) and str(image):
         return media.put_file(base / image, "image")
-    raise DataError("media_missing", f"an image must be a path, bytes or a PIL image, got {type(image).__name__}")
+    problem = f"an image must be a path, bytes or a PIL image; this one is {type(image).__name__}"
+    raise DataError("media_missing", problem)
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's types; what has none (dates, decimals) as text."""
+    """The value in JSON's types; a value of another type (a date, a decimal) as text."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -177,12 +180,13 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | Failure]]:
             try:
                 row = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:
-                yield number, Failure(FailureKind.DATA, "row_not_json", f"{path.name}, line {number}: {error}")
+                message = f"{path.name}, line {number} is not JSON: {error}"
+                yield number, Failure(FailureKind.DATA, "row_not_json", message)
                 continue
             if isinstance(row, dict):
                 yield number, row
             else:
-                message = f"{path.name}, line {number} is a JSON {type(row).__name__}, not an object"
+                message = f"{path.name}, line {number} is a JSON {type(row).__name__}; it must be an object"
                 yield number, Failure(FailureKind.DATA, "row_not_an_object", message)
 
 

@@ -1,4 +1,4 @@
-"""Python files of the user's: imported by path, once a process, so that what they register can be named in a recipe."""
+"""Imports the user's Python files by path, once a process, so that a recipe can name what they register."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _import_lock = threading.RLock()
 
 
 class UserCodeError(FailureError):
-    """The user's own code failed; the message names the file and the line."""
+    """The user's code failed; the message names the file and the line."""
 
 
 def import_modules(paths: Iterable[Path], *, base: Path = Path()) -> list[ModuleType]:
-    """Import Python files, each exactly once a process, however often and under whatever spelling it is named.
+    """Import Python files, each exactly once a process, however often and in whatever spelling its path is given.
 
     The module's name follows from the resolved path alone, so another process that imports the same paths first can
     unpickle what refers to it. The file's folder is appended to ``sys.path``: it may import the files beside it.
@@ -37,7 +37,7 @@ def import_modules(paths: Iterable[Path], *, base: Path = Path()) -> list[Module
 
 
 def user_traceback(error: BaseException, *, own_file: str = __file__) -> str:
-    """The error and the innermost line at which user code (anything but `own_file` and import machinery) raised it."""
+    """The error and the innermost line of user code that raised it, without `own_file` and the import machinery."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
     frames = [
@@ -57,7 +57,7 @@ def _import_file(path: Path) -> ModuleType:
     if not path.is_file() or path.suffix != ".py":
         what = "is not a Python file (.py)" if path.exists() else "does not exist"
         raise UserCodeError(
-            Failure(FailureKind.USER_CODE, "module_missing", f"the module {path}, named in the recipe, {what}")
+            Failure(FailureKind.USER_CODE, "module_missing", f"the module {path}, which the recipe names, {what}")
         )
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -1,16 +1,13 @@
-"""The driver's side of a generator: starts the actor, gives every call a deadline. Imports neither torch nor vLLM."""
+"""The driver's side of a generator: starts the actor and calls it with deadlines. Imports neither torch nor vLLM."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import time
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
-from actors.calls import ActorResources
+from actors.calls import START, ActorResources, call
 from actors.generator.generator import Generator
 from actors.generator.spec import GeneratorSpec
 from actors.generator.vllm_engine import engine_environment
@@ -35,13 +32,13 @@ class GeneratorHandle:
 
     @classmethod
     async def start(cls, spec: GeneratorSpec, resources: ActorResources | None = None) -> GeneratorHandle:
-        """Start the actor and wait for its engine. Ray must be initialised.
+        """Start the actor and wait until its vLLM engine is up. Ray must be initialised.
 
         Args:
             resources: what the generator asks Ray for.
 
         Raises:
-            FailureError: the engine didn't start, or not within `deadlines.start_s`.
+            FailureError: the vLLM engine didn't start, or not within `deadlines.start_s`.
         """
         options = (resources or ActorResources()).options(spec.config.threads) | {
             "max_concurrency": MAX_CONCURRENCY,
@@ -50,7 +47,7 @@ class GeneratorHandle:
         actor: Any = ray.remote(Generator).options(**options).remote(spec)
         handle = cls(actor, spec)
         try:
-            await handle._call("ready", "start", spec.deadlines.start_s)
+            await handle._call(actor.ready.remote(), START, spec.deadlines.start_s)
         except BaseException:
             ray.kill(actor)
             raise
@@ -62,77 +59,54 @@ class GeneratorHandle:
         """Sample n completions; see :meth:`Generator.generate`. A failure that is returned is the prompt's.
 
         Raises:
-            FailureError: INFRASTRUCTURE where the generator is dead, silent or stale.
+            FailureError: INFRASTRUCTURE if the generator is dead, doesn't answer in time or is stale.
         """
+        reference = self.actor.generate.remote(prompt, n, sampling, seed, request_id)
         what = f"generate for prompt {prompt.prompt_id} (request {request_id})"
-        deadline_s = self.spec.deadlines.generate_s
-        answer: Generation | Failure = await self._call(
-            "generate", what, deadline_s, prompt, n, sampling, seed, request_id
-        )
+        answer: Generation | Failure = await self._call(reference, what, self.spec.deadlines.generate_s)
         if isinstance(answer, Failure) and answer.kind is not FailureKind.DATA:
             raise FailureError(answer)
         return answer
 
     async def load_weights(self, offer: WeightsOffer, *, anew: bool = False) -> WeightsReceipt:
-        """Bring the generator to the offered version and check its word; see :meth:`Generator.load_weights`.
+        """Have the generator load the offered version, and check its receipt; see :meth:`Generator.load_weights`.
 
         Raises:
             FailureError: INFRASTRUCTURE; the generator doesn't serve that version.
         """
+        reference = self.actor.load_weights.remote(offer, anew=anew)
         what = f"load policy version {offer.version}"
-        receipt: WeightsReceipt = await self._call("load_weights", what, self.spec.deadlines.sync_s, offer, anew=anew)
+        receipt: WeightsReceipt = await self._call(reference, what, self.spec.deadlines.sync_s)
         if (receipt.version, receipt.digest) != (offer.version, offer.trained.digest):
-            raise self._failure(
-                "weights_mismatch",
+            message = (
                 f"{self.name} loaded version {receipt.version} with digest {receipt.digest}, but version "
-                f"{offer.version} with digest {offer.trained.digest} was offered",
+                f"{offer.version} with digest {offer.trained.digest} was offered"
             )
+            raise FailureError(Failure(FailureKind.INFRASTRUCTURE, "weights_mismatch", message))
         return receipt
 
     def port(self, version: int) -> GeneratorPort:
-        """What the trainer needs to push a version into its engine."""
+        """What the trainer needs to push a version into the generator's vLLM engine."""
         return GeneratorPort(self.name, self.actor, self.spec.config.tensor_parallel, version)
 
     async def verify(self, canaries: Canaries) -> CanaryReport:
-        """Compare its log-probabilities with the trainer's; see :meth:`Generator.verify`."""
+        """Compare its log-probabilities of the canaries with the trainer's; see :meth:`Generator.verify`."""
         what = f"compute the canaries of version {canaries.version}"
-        report: CanaryReport = await self._call("verify", what, self.spec.deadlines.sync_s, canaries)
+        reference = self.actor.verify.remote(canaries)
+        report: CanaryReport = await self._call(reference, what, self.spec.deadlines.sync_s)
         return report
 
     async def sleep(self, level: int) -> None:
-        """Have it give its memory to the trainer until the next version comes; see :meth:`Generator.sleep`."""
-        await self._call("sleep", "fall asleep", 2 * self.spec.deadlines.generate_s, level)
+        """Free the generator's GPU memory for the trainer until the next version comes; see :meth:`Generator.sleep`."""
+        await self._call(self.actor.sleep.remote(level), "fall asleep", 2 * self.spec.deadlines.generate_s)
 
     async def stop(self) -> None:
-        """End the engine, then the actor; the actor in any case, within `deadlines.stop_s`."""
+        """End the vLLM engine, then the actor. The actor is ended within `deadlines.stop_s` in any case."""
         try:
-            with contextlib.suppress(FailureError):  # dead already is what we want
-                await self._call("stop", "stop", self.spec.deadlines.stop_s)
+            with contextlib.suppress(FailureError):  # it may be dead already
+                await self._call(self.actor.stop.remote(), "stop", self.spec.deadlines.stop_s)
         finally:
             ray.kill(self.actor)
 
-    async def _call(self, method: str, what: str, deadline_s: float, *arguments: Any, **options: Any) -> Any:
-        started = time.monotonic()
-        reference = getattr(self.actor, method).remote(*arguments, **options)
-        try:
-            async with asyncio.timeout(deadline_s):  # wait_for may forget that it was cancelled, before Python 3.12
-                return await asyncio.wrap_future(reference.future())
-        except TimeoutError:
-            ray.cancel(reference)
-            raise self._failure("generator_timeout", f"{self.name} didn't {what} within {deadline_s:g} s") from None
-        except asyncio.CancelledError:
-            ray.cancel(reference)
-            raise
-        except RayTaskError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, FailureError):
-                raise FailureError(cause.failure) from error
-            message = f"{self.name} raised when asked to {what}: {error}"
-            raise FailureError(Failure(FailureKind.BUG, "generator_raised", message)) from error
-        except RayError as error:
-            after = time.monotonic() - started
-            message = f"{self.name} couldn't {what}: {type(error).__name__} after {after:.1f} s: {error}"
-            raise self._failure("generator_died", message) from error
-
-    def _failure(self, reason: str, message: str) -> FailureError:
-        return FailureError(Failure(FailureKind.INFRASTRUCTURE, reason, message))
+    async def _call(self, reference: Any, what: str, deadline_s: float) -> Any:
+        return await call(reference, role="generator", who=self.name, what=what, deadline_s=deadline_s)

@@ -20,7 +20,7 @@ from algorithms.reward_combination import CombinationInputs, combine_rewards, co
 from algorithms.shaping import ShapingInputs, informative_groups, overlong_filter, shape_rewards
 from algorithms.values import lambda_returns
 from orchestrator.config.schema import Config
-from reward.scoring import component_labels
+from reward.returned_values import component_labels
 from reward.verifiers import extract
 from rollout.samples import Completion, FinishReason, Score, ScoredGroup, TrainingSample
 

@@ -1,7 +1,8 @@
-"""Keeps groups moving from admission to the trainer: draws prompts, generates, scores, accounts, hands out batches.
+"""The rollouts of a run: draws prompts, has groups generated and scored, records what became of them, gives batches.
 
-What may be admitted and what makes a batch is decided in :mod:`rollout.admission`; what a group may do next in
-:mod:`rollout.groups`. Here is the shell that carries messages between them, the fleet and the reward server.
+:mod:`rollout.admission` decides what may be admitted and what makes a batch, :mod:`rollout.groups` what a group may do
+next, :mod:`rollout.equal_rewards` which groups teach nothing. This file carries messages between them, the fleet and
+the reward server.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from orchestrator.roles.rewards import Rewards
 from rollout.admission import AdmissionScheduler
 from rollout.config import RolloutConfig, SamplingConfig
 from rollout.cursor import PromptCursor
+from rollout.equal_rewards import EQUAL_REWARDS, EqualRewards, teaches_nothing
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.groups import (
     Admit,
@@ -33,16 +35,13 @@ from rollout.ledger import Ledger, LedgerError
 from rollout.prompts import Prompt
 from rollout.samples import FinishReason, Generation, ScoredGroup
 
-EQUAL_REWARDS = "equal_rewards"
 BUDGET_WINDOW = 200
-"""Groups over which the share dropped because of failures is taken."""
-MAX_EQUAL_BATCHES = 20
-"""Batches' worth of groups in a row whose rewards were all equal; then there is nothing left to learn."""
+"""Groups over which the share of groups that failed is taken."""
 
 
 @dataclass
 class Activity:
-    """Wall time by what the open groups were doing: generating, else scoring, else nothing."""
+    """Wall time in which some group was generated, and in which groups were only scored."""
 
     generating: int = 0
     scoring: int = 0
@@ -51,7 +50,7 @@ class Activity:
     _since: float = field(default_factory=time.monotonic)
 
     def change(self, generating: int = 0, scoring: int = 0) -> None:
-        """Account for the time since the last change, then change the counts."""
+        """Add the time since the last change, then change the counts."""
         now = time.monotonic()
         if self.generating:
             self.generate_s += now - self._since
@@ -62,32 +61,30 @@ class Activity:
         self.scoring += scoring
 
     def read(self) -> tuple[float, float]:
-        """Seconds of generating and of scoring alone, up to now."""
+        """Seconds of generation and of scoring alone, up to now."""
         self.change()
         return self.generate_s, self.score_s
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The groups of one training step, and how long the trainer waited for them.
+    """The groups of one training step, and what the trainer waited for.
 
     Attributes:
         groups: prompts_per_step scored groups.
-        wait_s: wall time of the wait.
-        generate_s: the part of it in which some group was being generated.
-        score_s: the part in which groups were only being scored.
+        generate_s: seconds of the wait in which some group was generated.
+        score_s: seconds of the wait in which groups were only scored.
         dropped: groups dropped since the last batch, by reason.
     """
 
     groups: tuple[ScoredGroup, ...]
-    wait_s: float
     generate_s: float
     score_s: float
     dropped: dict[str, int]
 
 
 class Rollouts:
-    """All rollouts of a run. Lives in the driver's event loop."""
+    """All rollouts of a run. Runs in the driver's event loop."""
 
     def __init__(
         self,
@@ -127,7 +124,7 @@ class Rollouts:
         self._activity = Activity()
         self._failed: deque[bool] = deque(maxlen=BUDGET_WINDOW)
         self._last_failure: Failure | None = None
-        self._equal_in_a_row = 0
+        self._equal_rewards = EqualRewards(config.prompts_per_step)
         self._draws: Counter[str] = Counter()
         self._drawn_at = -1
         self._dropped_since: dict[str, int] = {}
@@ -140,11 +137,11 @@ class Rollouts:
 
     @property
     def open_prompts(self) -> list[Prompt]:
-        """Prompts not learned from yet, in the order of admission; a checkpoint gives them back."""
+        """Prompts that the policy hasn't learned from yet, in the order of admission. A checkpoint saves them."""
         return self._handed_out + [self._prompts[group_id] for group_id in self._groups.open]
 
     def learned(self) -> None:
-        """The policy has learned from the batch last collected."""
+        """Tell that the policy has learned from the batch last collected."""
         self._handed_out = []
 
     def admit(self) -> None:
@@ -158,25 +155,27 @@ class Rollouts:
             group_id = f"g{self._groups.admitted:08d}"
             self._prompts[group_id] = prompt
             self._apply(Admit(group_id, prompt.prompt_id, version, time.time()))
-            task = asyncio.get_running_loop().create_task(self._live(group_id, prompt, self._seed_of(prompt, version)))
+            seed = self._seed_of(prompt, version)
+            task = asyncio.get_running_loop().create_task(self._run_group(group_id, prompt, seed))
             self._tasks.add(task)
             task.add_done_callback(self._ended)
 
     async def collect(self) -> Batch:
-        """The next batch, as soon as it is whole. Every single wait within has its own deadline.
+        """The next batch, as soon as it is complete. Every call within has its own deadline.
 
         Raises:
-            FailureError: too many groups failed, or something failed that no retry cures.
+            FailureError: too many groups failed (`too_many_dropped`), the rewards teach nothing (`nothing_to_learn`),
+                or a failure that no retry can mend.
         """
-        started, before = time.monotonic(), self._activity.read()
+        before = self._activity.read()
         while True:
-            self._raise_if_lost()
+            self._raise_verdict()
             self.admit()
             chosen = self._scheduler.batch(self._groups.open.values(), next_batch=self._next_batch)
             if chosen is not None:
                 break
             if not self._tasks:
-                # No group is under way because no generator serves; nobody else would tell when one does.
+                # No generator serves, so no group is open. Only the fleet can tell when one serves again.
                 await self._fleet.until_serving()
                 continue
             self._changed.clear()
@@ -189,23 +188,23 @@ class Rollouts:
         self.admit()
         after, dropped = self._activity.read(), self._dropped_since
         self._dropped_since = {}
-        return Batch(groups, time.monotonic() - started, after[0] - before[0], after[1] - before[1], dropped)
+        return Batch(groups, after[0] - before[0], after[1] - before[1], dropped)
 
     async def stop(self) -> None:
-        """Cancel what is under way and close the account of what is open."""
+        """Cancel every open group and record it as dropped, reason `run_stopped`."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         now = time.time()
         try:
             self._apply(*(Drop(group_id, "run_stopped", now) for group_id in self._groups.open))
-        except LedgerError as error:  # what stopped the run, as a rule; a resume closes the account
+        except LedgerError as error:  # usually what stopped the run; a resume records these groups
             self._on_event("account_left_open", open=len(self._groups.open), why=str(error))
 
     def _seed_of(self, prompt: Prompt, version: int) -> int:
-        """Seed of a group: of the prompt, the version, and how often it was drawn at that version.
+        """Seed of a group, from the run's seed, the prompt, the version, and how often it was drawn at that version.
 
-        Of nothing that an interruption shifts, so that a resumed run samples what an uninterrupted one would have.
+        An interruption changes none of these, so a resumed run samples what an uninterrupted one would have.
         """
         if version != self._drawn_at:
             self._drawn_at, self._draws = version, Counter()
@@ -213,14 +212,15 @@ class Rollouts:
         name = f"{self._seed}:{prompt.prompt_id}:{version}:{self._draws[prompt.prompt_id]}"
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") >> 1
 
-    async def _live(self, group_id: str, prompt: Prompt, seed: int) -> None:
-        """One group's life up to READY or DROPPED."""
+    async def _run_group(self, group_id: str, prompt: Prompt, seed: int) -> None:
+        """Take one group from ADMITTED to READY or DROPPED."""
         try:
             self._apply(StartGeneration(group_id, time.time()))
-            generation, greedy = await self._generate_both(group_id, prompt, seed)
-            if isinstance(generation, Failure) or isinstance(greedy, Failure):
-                self._drop(group_id, generation if isinstance(generation, Failure) else greedy)  # type: ignore[arg-type]
+            generated = await self._generate_both(group_id, prompt, seed)
+            if isinstance(generated, Failure):
+                self._drop_failed(group_id, generated)
                 return
+            generation, greedy = generated
             versions = [c.policy_versions for c in generation.completions if len(c)]
             low = min((int(v.min()) for v in versions), default=self._fleet.served_version)
             high = max((int(v.max()) for v in versions), default=low)
@@ -232,7 +232,7 @@ class Rollouts:
             finally:
                 self._activity.change(scoring=-1)
             if isinstance(scores, Failure):
-                self._drop(group_id, scores)
+                self._drop_failed(group_id, scores)
                 return
             greedily = None
             if baseline:
@@ -240,13 +240,14 @@ class Rollouts:
                 scores, greedily = tuple(scored), (baseline[0], last)
             values = [score.value for score in scores]
             self._apply(FinishScoring(group_id, sum(values) / len(values), time.time()))
-            if self._config.drop_equal_rewards and len(set(values)) == 1:
-                self._drop(group_id, None)
-                return
-            self._scored[group_id] = ScoredGroup(group_id, prompt, generation, scores, greedily)
             self._failed.append(False)
-            self._equal_in_a_row = 0
-        except Exception as error:  # whatever it is, the loop must hear of it and not wait for the group for ever
+            if self._config.drop_equal_rewards:
+                self._equal_rewards = self._equal_rewards.after(values)
+                if teaches_nothing(values):
+                    self._drop(group_id, EQUAL_REWARDS)
+                    return
+            self._scored[group_id] = ScoredGroup(group_id, prompt, generation, scores, greedily)
+        except Exception as error:  # collect() raises it; otherwise it would wait for this group for ever
             self._fatal = self._fatal or error
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -255,19 +256,23 @@ class Rollouts:
 
     async def _generate_both(
         self, group_id: str, prompt: Prompt, seed: int
-    ) -> tuple[Generation | Failure, Generation | Failure | None]:
-        """The completions of one group, and beside them the greedy one where it is wanted."""
+    ) -> tuple[Generation, Generation | None] | Failure:
+        """The completions of one group, and the greedy one if the run takes it for a baseline."""
         config = self._config
         sampled = self._generate(group_id, prompt, config.group_size, config.sampling, seed)
         if not self._with_greedy:
-            return await sampled, None
-        greedy = config.sampling.model_copy(update={"temperature": 0.0})
-        return await asyncio.gather(sampled, self._generate(f"{group_id}-greedy", prompt, 1, greedy, seed))
+            result = await sampled
+            return result if isinstance(result, Failure) else (result, None)
+        greedily = config.sampling.model_copy(update={"temperature": 0.0})
+        result, greedy = await asyncio.gather(sampled, self._generate(f"{group_id}-greedy", prompt, 1, greedily, seed))
+        if isinstance(result, Failure):
+            return result
+        return greedy if isinstance(greedy, Failure) else (result, greedy)
 
     async def _generate(
         self, group_id: str, prompt: Prompt, count: int, sampling: SamplingConfig, seed: int
     ) -> Generation | Failure:
-        """Completions of one prompt; what an infrastructure failure lost is generated anew, elsewhere if possible."""
+        """Completions of one prompt. After an infrastructure failure they are generated anew, elsewhere if possible."""
         last: Failure | None = None
         for attempt in range(self._config.max_attempts):
             self._activity.change(generating=1)
@@ -284,56 +289,52 @@ class Rollouts:
             if isinstance(result, Failure):
                 return result
             if any(c.finish_reason is FinishReason.ABORT for c in result.completions):
-                last = Failure(FailureKind.INFRASTRUCTURE, "generation_aborted", f"{group_id}: the engine aborted it")
+                message = f"vLLM aborted the generation of group {group_id}"
+                last = Failure(FailureKind.INFRASTRUCTURE, "generation_aborted", message)
                 continue
             return result
         assert last is not None
         return last
 
-    def _drop(self, group_id: str, failure: Failure | None) -> None:
-        """Drop a group because of a failure, or because its rewards teach nothing (None)."""
-        reason = failure.reason if failure else EQUAL_REWARDS
-        self._failed.append(failure is not None)
-        prompt = self._prompts[group_id]
-        self._apply(Drop(group_id, reason, time.time(), failure.message if failure else ""))
+    def _drop(self, group_id: str, reason: str, detail: str = "") -> None:
+        self._apply(Drop(group_id, reason, time.time(), detail))
         self._dropped_since[reason] = self._dropped_since.get(reason, 0) + 1
-        if failure is None:
-            self._equal_in_a_row += 1
-            return
+
+    def _drop_failed(self, group_id: str, failure: Failure) -> None:
+        """Drop a group that failed and count it against the budget. A prompt at fault is never drawn again."""
+        prompt = self._prompts[group_id]
+        self._failed.append(True)
+        self._drop(group_id, failure.reason, failure.message)
         self._last_failure = failure
         self._on_event(
             "group_dropped",
             group=group_id,
             prompt=prompt.prompt_id,
             failure=failure.kind,
-            reason=reason,
+            reason=failure.reason,
             why=failure.message,
         )
         if failure.kind is FailureKind.DATA:
             self._cursor.quarantine(prompt.prompt_id)
 
-    def _raise_if_lost(self) -> None:
+    def _raise_verdict(self) -> None:
+        """Raise what ends the run: a defect, nothing left to learn, or too many failures."""
         if self._fatal is not None:
             raise self._fatal
-        if self._equal_in_a_row >= MAX_EQUAL_BATCHES * self._config.prompts_per_step:
-            message = (
-                f"the rewards of {self._equal_in_a_row} groups in a row were all equal, so none of them can be learned "
-                "from (rollout.drop_equal_rewards). The policy may have learned all there is, or the reward is the "
-                "same for every answer."
-            )
-            raise FailureError(Failure(FailureKind.DATA, "nothing_to_learn", message))
+        if (verdict := self._equal_rewards.verdict()) is not None:
+            raise FailureError(verdict)
         failed, seen = sum(self._failed), len(self._failed)
         enough = min(BUDGET_WINDOW, 2 * self._config.prompts_per_step)
         if seen >= enough and failed > self._config.max_dropped_share * seen and self._last_failure is not None:
             message = (
-                f"{failed} of the last {seen} groups were dropped because of failures, more than "
-                f"rollout.max_dropped_share = {self._config.max_dropped_share:g} allows. The last one "
-                f"({self._last_failure.reason}): {self._last_failure.message}"
+                f"{failed} of the last {seen} groups failed and were dropped, which is more than "
+                f"rollout.max_dropped_share = {self._config.max_dropped_share:g} allows. The last failure was "
+                f"{self._last_failure.reason}: {self._last_failure.message}"
             )
             raise FailureError(Failure(self._last_failure.kind, "too_many_dropped", message))
 
     def _apply(self, *events: GroupEvent) -> None:
-        """Move groups and write it down, in one transaction: where the ledger refuses, nothing has moved."""
+        """Move groups and record it in the ledger, in one transaction. If the ledger refuses, no group has moved."""
         groups, transitions = self._groups, []
         for event in events:
             groups, made = groups.on(event)
@@ -346,6 +347,6 @@ class Rollouts:
 
 
 def dropped_metrics(dropped: dict[str, int]) -> dict[str, float]:
-    """Counts of a step's dropped groups, in all and by reason."""
+    """How many groups were dropped in a step, in all and by reason."""
     by_reason = {f"rollout/dropped/{reason}": float(count) for reason, count in dropped.items()}
     return {"rollout/dropped": float(sum(dropped.values())), **by_reason}

@@ -1,4 +1,4 @@
-"""Requests and started workers for the reward tests, and a file of misbehaving reward functions."""
+"""Requests, started scorers and a file of misbehaving reward functions, which note each of their calls in a file."""
 
 from __future__ import annotations
 
@@ -16,64 +16,78 @@ from reward.registry import RewardRequest
 from rollout.prompts import Prompt
 
 FUNCTIONS = """
-import ctypes, os, pathlib, time
+import ctypes, functools, os, pathlib, time
 import numpy as np
 from reward.registry import reward_function
+from reward.verifiers import numeric_match
 
-@reward_function("length")
+CALLS = pathlib.Path(__file__).with_name("calls")
+
+def noting(name, **options):
+    # Registers a function that first notes its name and the (first) completion that it is called with.
+    def register(function):
+        @functools.wraps(function)
+        def call(given, **arguments):
+            first = given[0] if isinstance(given, list) else given
+            with CALLS.open("a") as out:
+                out.write(f"{name} {first.completion}\\n")
+            return function(given, **arguments)
+        return reward_function(name, **options)(call)
+    return register
+
+noting("number")(numeric_match)
+
+@noting("length")
 def length(request):
     return len(request.completion)
 
-@reward_function("raises")
+@noting("raises")
 def raises(request):
     raise KeyError("no such column")
 
-@reward_function("exits")
+@noting("exits")
 def exits(request):
     raise SystemExit(3)
 
-@reward_function("hangs")
+@noting("hangs")
 def hangs(request):
     while True:
         time.sleep(60)
 
-@reward_function("hangs_on_stop")
+@noting("hangs_on_stop")
 def hangs_on_stop(request):
     while request.completion == "stop":
         time.sleep(60)
     return 1.0
 
-@reward_function("returns")
+@noting("returns")
 def returns(request, *, what):
     return {"nan": float("nan"), "inf": float("inf"), "text": "1.0", "none": None, "list": [1.0], "bool": True}[what]
 
-@reward_function("wrong_count", batched=True)
+@noting("wrong_count", batched=True)
 def wrong_count(requests):
     return [1.0] * (len(requests) + 1)
 
-@reward_function("dies")
+@noting("dies")
 def dies(request, *, code):
     os._exit(code)
 
-@reward_function("segfaults")
+@noting("segfaults")
 def segfaults(request):
     ctypes.string_at(0)
 
-@reward_function("flaky")
-def flaky(request, *, file):
-    file = pathlib.Path(file)
-    with file.open("a") as out:
-        out.write(request.completion + "\\n")
-    seen = file.read_text().split()
+@noting("flaky")
+def flaky(request):
+    seen = CALLS.read_text().split()
     if request.completion == "b" and seen.count("b") == 1:
         raise RuntimeError("try again")
     return seen.count(request.completion)
 
-@reward_function("process")
+@noting("process")
 def process(request):
     return os.getpid()
 
-@reward_function("red", batched=True)
+@noting("red", batched=True)
 def red(requests):
     return [r.images[0].getpixel((0, 0))[0] for r in requests]
 """
@@ -97,9 +111,20 @@ def functions(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def calls_of(functions: Path) -> Callable[[str], list[str]]:
+    """The completions that a function of the file was called with, in order; of a group, the first."""
+
+    def read(function: str) -> list[str]:
+        lines = functions.with_name("calls").read_text().splitlines()
+        return [completion for name, completion in map(str.split, lines) if name == function]
+
+    return read
+
+
 @pytest_asyncio.fixture
-async def workers(functions: Path, tmp_path: Path) -> AsyncIterator[Callable[..., GroupScorer]]:
-    """Starts workers for components, given by name or in full, and stops them at the end."""
+async def start_scorer(functions: Path, tmp_path: Path) -> AsyncIterator[Callable[..., GroupScorer]]:
+    """Starts a scorer with components, given by name or in full, and stops it at the end."""
     started: list[GroupScorer] = []
 
     def start(*components: str | RewardComponentConfig, **settings: Any) -> GroupScorer:

@@ -1,4 +1,4 @@
-"""The invariants in the scheduler's docstring, by hand and by property."""
+"""The invariants of AdmissionScheduler's docstring: worked examples, then properties."""
 
 from __future__ import annotations
 

@@ -44,8 +44,9 @@ def test_a_quarantined_prompt_is_never_drawn_again() -> None:
     prompts = prompt_set(4)
     cursor = PromptCursor(prompts, seed=0)
     cursor.quarantine(prompts.prompts[2].prompt_id)
-    cursor.give_back([prompts.prompts[2]])
+    restored = PromptCursor.restore(prompts, cursor.state([prompts.prompts[2]]))
     assert 2 not in targets(cursor.take(12))
+    assert 2 not in targets(restored.take(12))
 
 
 def test_when_every_prompt_is_quarantined_it_says_so_instead_of_searching_for_ever() -> None:
@@ -57,12 +58,12 @@ def test_when_every_prompt_is_quarantined_it_says_so_instead_of_searching_for_ev
         cursor.take(1)
 
 
-def test_prompts_given_back_are_drawn_next_in_their_order() -> None:
-    cursor = PromptCursor(prompt_set(10), seed=0)
+def test_a_restored_cursor_draws_the_open_prompts_first_and_in_their_order() -> None:
+    prompts = prompt_set(10)
+    cursor = PromptCursor(prompts, seed=0)
     drawn = cursor.take(5)
-    cursor.give_back(drawn[3:])
-    cursor.give_back(drawn[1:3])
-    assert cursor.take(4) == drawn[1:]
+    restored = PromptCursor.restore(prompts, cursor.state(drawn[1:]))
+    assert restored.take(4) == drawn[1:]
 
 
 @given(taken=st.integers(0, 25), still_open=st.integers(0, 6), bad=st.sets(st.integers(0, 6), max_size=3))
@@ -87,15 +88,16 @@ def test_a_state_of_other_prompts_is_refused() -> None:
         PromptCursor.restore(prompt_set(6), state)
 
 
-def test_a_prompt_of_another_set_can_not_be_given_back() -> None:
-    with pytest.raises(ValueError, match="is not one of numbers's 3 prompts"):
-        PromptCursor(prompt_set(3), seed=0).give_back(prompt_set(1, "letters").prompts)
+def test_a_prompt_of_another_set_can_not_be_open() -> None:
+    with pytest.raises(ValueError, match="is not one of the 3 prompts of numbers"):
+        PromptCursor(prompt_set(3), seed=0).state(prompt_set(1, "letters").prompts)
 
 
-def test_a_restored_cursor_draws_open_prompts_before_those_given_back_earlier() -> None:
+def test_a_cursor_restored_twice_draws_the_newly_open_prompts_before_those_still_undrawn() -> None:
     prompts = prompt_set(9)
     cursor = PromptCursor(prompts, seed=0)
     drawn = cursor.take(4)
-    cursor.give_back(drawn[2:])
-    restored = PromptCursor.restore(prompts, cursor.state(drawn[:2]))
-    assert restored.take(4) == drawn
+    once = PromptCursor.restore(prompts, cursor.state(drawn[1:]))
+    assert once.take(1) == drawn[1:2]
+    twice = PromptCursor.restore(prompts, once.state(drawn[:2]))
+    assert twice.take(5) == drawn + PromptCursor.restore(prompts, cursor.state()).take(1)

@@ -138,7 +138,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_bad_row_is_set_aside_with_its_number_and_reason(
+def test_a_bad_row_is_quarantined_with_its_number_and_reason(
     tmp_path: Path, media: MediaStore, pictures: list[str], case: str
 ) -> None:
     row, reason = BAD_ROWS[case]
@@ -199,9 +199,11 @@ def test_a_parquet_file_that_is_none_is_refused(tmp_path: Path, media: MediaStor
         load(tmp_path, media, DatasetConfig(path=Path("rows.parquet")))
 
 
-def test_a_data_set_without_a_usable_row_says_why_each_was_set_aside(tmp_path: Path, media: MediaStore) -> None:
+def test_a_data_set_without_a_usable_row_says_why_each_is_quarantined(tmp_path: Path, media: MediaStore) -> None:
     write(tmp_path, {"prompt": "a", "target": None}, {"prompt": "b", "target": None}, "nonsense")
-    with pytest.raises(DatasetError, match=r"none of 3 rows is usable \(2 x target_missing, 1 x row_not_json\)"):
+    with pytest.raises(
+        DatasetError, match=r"has no usable row: all 3 are quarantined \(2 x target_missing, 1 x row_not_json\)"
+    ):
         load(tmp_path, media)
 
 
@@ -251,7 +253,7 @@ def test_a_builder_that_raises_is_reported_with_file_and_line(tmp_path: Path, me
 
 def test_a_builder_that_yields_something_else_is_refused(tmp_path: Path, media: MediaStore) -> None:
     dataset_builder("test-strings")(lambda media, split: ["just text"])
-    with pytest.raises(DatasetError, match="yielded a str, row 1"):
+    with pytest.raises(DatasetError, match="yielded a str as row 1"):
         load(tmp_path, media, builder("test-strings"))
 
 

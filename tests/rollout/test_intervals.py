@@ -41,8 +41,8 @@ def test_one_binary_value_has_a_wide_interval() -> None:
     assert mean_interval([1]) == (1.0, pytest.approx(0.2065, abs=1e-4), 1.0)
 
 
-@pytest.mark.parametrize(("values", "message"), [([], "no values"), ([1.0, math.nan], "value 1 of 2 is nan")])
-def test_a_mean_that_says_nothing_is_refused(values: list[float], message: str) -> None:
+@pytest.mark.parametrize(("values", "message"), [([], "at least one value"), ([1.0, math.nan], "value 1 of 2 is nan")])
+def test_a_mean_of_nothing_or_of_a_number_that_is_not_finite_is_refused(values: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mean_interval(values)
 

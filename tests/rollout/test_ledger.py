@@ -252,7 +252,7 @@ def test_a_ledger_locked_by_another_run_is_named_within_the_deadline(tmp_path: P
     with Ledger(path, deadline_s=0.05) as ledger:
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(LedgerError, match="second run") as raised:
+        with pytest.raises(LedgerError, match="Stop the run that uses this folder") as raised:
             ledger.append([admitted("a")])
         assert raised.value.failure.reason == "ledger_locked"
         other.execute("ROLLBACK")
@@ -270,6 +270,6 @@ def test_a_file_that_is_no_ledger_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_ledger_in_a_folder_that_does_not_exist_is_named(tmp_path: Path, read_only: bool) -> None:
-    with pytest.raises(LedgerError, match=r"Does its folder exist") as raised:
+    with pytest.raises(LedgerError, match=r"Its folder must exist") as raised:
         Ledger(tmp_path / "nowhere" / "ledger.sqlite", read_only=read_only)
     assert raised.value.failure.reason == "ledger_unavailable"

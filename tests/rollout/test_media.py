@@ -207,7 +207,7 @@ def test_a_medium_that_is_not_in_the_store_is_missing(store: MediaStore) -> None
 
 @pytest.mark.parametrize("digest", ["../../etc/passwd", "0" * 63, "G" * 64, ""])
 def test_a_reference_can_not_lead_out_of_the_store(store: MediaStore, digest: str) -> None:
-    with pytest.raises(DataError, match="not a SHA-256"):
+    with pytest.raises(DataError, match="named by a SHA-256"):
         store.read(MediaRef("image", digest, "image/png"))
 
 

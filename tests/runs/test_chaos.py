@@ -128,7 +128,7 @@ def test_a_lost_trainer_ends_the_run_with_a_verdict_and_a_resume_goes_on(
     run.until_step(3)
     kill_one(run, "ray::PolicyRank")
     assert run.wait(60) == 1, run.output
-    assert "policy rank 0 was lost" in run.output
+    assert "policy rank 0 died" in run.output
     assert "defect of counterpoint" not in run.output
     assert run.left_behind() == []
     assert_whole_checkpoint(run.folder, at_least=2)

@@ -80,7 +80,6 @@ async def test_a_server_scores_reports_failures_times_out_and_its_death_is_infra
         failure = await handle.score(PROMPT, group("a", "raise"), deadline_s=30)
         assert isinstance(failure, Failure)
         assert failure.reason == "reward_raised"
-        assert (await handle.counters(deadline_s=30)).group_failures == {"reward_raised": 1}
 
         with pytest.raises(FailureError, match=r"didn't score prompt .* within 1 s") as late:
             await handle.score(PROMPT, group("hang"), deadline_s=1)

@@ -1,4 +1,4 @@
-"""Groups from admission to the batch, with roles that die, fail and refuse: nothing is lost, hung for, or made up."""
+"""Groups from admission to the batch, with roles that die, fail and refuse: no group is lost, stuck or made up."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest_asyncio
 
 from orchestrator.roles.fleet import GeneratorFleet
 from orchestrator.roles.rewards import MAX_RESTARTS, Rewards
-from orchestrator.step.rollouts import EQUAL_REWARDS, MAX_EQUAL_BATCHES, Batch, Rollouts
+from orchestrator.step.rollouts import Batch, Rollouts
 from rollout.config import RolloutConfig
 from rollout.cursor import PromptCursor
+from rollout.equal_rewards import EQUAL_REWARDS, MAX_BATCHES
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.ledger import Ledger, LedgerError
 from tests.orchestrator.stand_ins import (
@@ -269,7 +270,7 @@ async def test_when_nothing_can_be_learned_the_run_ends_and_says_why(stage: Call
     one.rewards.value = lambda text: 1.0
     with pytest.raises(FailureError, match="drop_equal_rewards"):
         await one.collect()
-    assert one.ledger.account().dropped[EQUAL_REWARDS] >= MAX_EQUAL_BATCHES * 4
+    assert one.ledger.account().dropped[EQUAL_REWARDS] >= MAX_BATCHES * 4
 
 
 async def test_a_reward_server_that_died_is_started_again_and_the_group_scored_anew(stage: Callable[..., Any]) -> None:

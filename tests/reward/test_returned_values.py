@@ -1,4 +1,4 @@
-"""From raw results to scores and failures."""
+"""What reward functions return, read as values or failures and combined to scores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward.config import RewardComponentConfig
-from reward.scoring import bounded_repr, combine, component_labels, raised, read_value, read_values
+from reward.returned_values import bounded_repr, combine, component_labels, raised, read_value, read_values
 from rollout.failures import DataError, Failure, FailureKind
 from rollout.samples import Score
 
@@ -24,8 +24,8 @@ def components(**weights: float) -> list[RewardComponentConfig]:
 
 def test_the_score_is_the_weighted_sum_and_keeps_the_values_before_weights() -> None:
     # 2 * 0.5 + 0.1 * (1 - 3) = 0.8
-    parts = [{"right": 0.5}, {"style/short": 1.0, "style/rude": -3.0}]
-    score = combine(components(right=2.0, style=0.1), parts, "p")
+    values = [{"right": 0.5}, {"style/short": 1.0, "style/rude": -3.0}]
+    score = combine(components(right=2.0, style=0.1), values, "p")
     assert isinstance(score, Score)
     assert score.value == pytest.approx(0.8)
     assert score.components == {"right": 0.5, "style/short": 1.0, "style/rude": -3.0}

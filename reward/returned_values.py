@@ -1,6 +1,6 @@
-"""From what a reward function returned to a score or a failure. Pure: nothing is called or waited for here.
+"""What reward functions return: each value is read as a finite number or a failure, then combined to a score. Pure.
 
-A failure never becomes a number: what isn't a real, finite number is refused with a reason and the value's repr.
+A failure never becomes a number. What isn't a real, finite number is refused with a reason and the value's repr.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CALLERS = frozenset(str(Path(__file__).with_name(name)) for name in ("worker_ma
 
 
 def component_labels(components: Sequence[RewardComponentConfig]) -> list[str]:
-    """A name for each component: its function's, with "#2", "#3" where a function is used again."""
+    """A name for each component: its function's name, with "#2", "#3" where the function is used again."""
     seen: dict[str, int] = {}
     labels = []
     for component in components:
@@ -40,12 +40,12 @@ def component_labels(components: Sequence[RewardComponentConfig]) -> list[str]:
 
 
 def user_failure(reason: str, label: str, prompt_id: str, problem: str) -> Failure:
-    """A failure of the user's function, which says where and what."""
+    """A failure of the user's function; its message names the function and the prompt."""
     return Failure(FailureKind.USER_CODE, reason, f"reward function {label!r}, prompt {prompt_id}: {problem}")
 
 
 def raised(label: str, prompt_id: str, error: BaseException) -> Failure:
-    """The failure for an exception out of a function: its last lines of traceback, or the typed failure it carries."""
+    """The failure for an exception that a function raised: its last lines of traceback, or the failure it carries."""
     if isinstance(error, FailureError):
         inner = error.failure
         return Failure(inner.kind, inner.reason, f"reward function {label!r}, prompt {prompt_id}: {inner.message}")
@@ -67,17 +67,17 @@ def read_value(label: str, prompt_id: str, value: Any) -> ComponentValues | Fail
         number = _read_number(label, prompt_id, value, "returned")
         return number if isinstance(number, Failure) else {label: number}
     if not value:
-        return user_failure("reward_missing", label, prompt_id, "returned an empty dict; give at least one value")
-    parts: ComponentValues = {}
+        return user_failure("reward_missing", label, prompt_id, "returned an empty dict; return at least one value")
+    entries: ComponentValues = {}
     for key, inner in value.items():
         if not isinstance(key, str) or not key:
-            problem = f"returned a dict with the key {bounded_repr(key)}; keys are non-empty text"
+            problem = f"returned a dict with the key {bounded_repr(key)}; keys must be non-empty text"
             return user_failure("reward_bad_key", label, prompt_id, problem)
         number = _read_number(label, prompt_id, inner, f"returned, under {bounded_repr(key)},")
         if isinstance(number, Failure):
             return number
-        parts[f"{label}/{key}"] = number
-    return parts
+        entries[f"{label}/{key}"] = number
+    return entries
 
 
 def read_values(label: str, prompt_id: str, values: Any, count: int) -> list[ComponentValues | Failure]:
@@ -95,25 +95,25 @@ def read_values(label: str, prompt_id: str, values: Any, count: int) -> list[Com
 
 
 def combine(
-    components: Sequence[RewardComponentConfig], parts: Sequence[ComponentValues | Failure], prompt_id: str
+    components: Sequence[RewardComponentConfig], values: Sequence[ComponentValues | Failure], prompt_id: str
 ) -> Score | Failure:
-    """The weighted sum of the components of one completion; the first failure among them, if there is one.
+    """One completion's score: the weighted sum of its components, or the first failure among them.
 
     Args:
         components: the components with their weights.
-        parts: [components] what each gave; a dict's entries are summed before the weight.
+        values: [components] what each gave; a dict's entries are summed before the weight.
     """
-    value = 0.0
+    total = 0.0
     merged: ComponentValues = {}
-    for component, part in zip(components, parts, strict=True):
-        if isinstance(part, Failure):
-            return part
-        merged |= part
-        value += component.weight * sum(part.values())
-    if not math.isfinite(value):
-        problem = f"the weighted sum is {value}: {bounded_repr(merged)}; lower the values or their weights"
+    for component, given in zip(components, values, strict=True):
+        if isinstance(given, Failure):
+            return given
+        merged |= given
+        total += component.weight * sum(given.values())
+    if not math.isfinite(total):
+        problem = f"the weighted sum is {total}: {bounded_repr(merged)}; lower the values or their weights"
         return user_failure("reward_infinite", "+".join(c.function for c in components), prompt_id, problem)
-    return Score(value, merged)
+    return Score(total, merged)
 
 
 def bounded_repr(value: Any) -> str:
@@ -128,7 +128,7 @@ def bounded_repr(value: Any) -> str:
 
 
 def _from_user_code(frames: TracebackType | None) -> TracebackType | None:
-    """The traceback without the lines of ours that called the function; all of it where nothing else is left."""
+    """The traceback without our own lines that called the function; the whole where it has no others."""
     inner = frames
     while inner is not None and inner.tb_frame.f_code.co_filename in _CALLERS:
         inner = inner.tb_next
