@@ -10,10 +10,8 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
 
-from rollout.failures import Failure, FailureError, FailureKind
+from rollout.failures import PEER_REFUSED, Failure, FailureError, FailureKind
 
-PEER_REFUSED = "peer_refused"
-"""Reason of the failure on actors that are well, when a peer of theirs refused the same call."""
 SETTLE_S = 5.0
 
 

@@ -51,7 +51,7 @@ class ReferenceServer:
         import torch
 
         from actors.model.batches import TOKEN_FEATURES
-        from actors.model.forward import load_model
+        from actors.model.loading import load_model
         from rollout.encoding import PromptEncoder
         from rollout.media import MediaStore
 

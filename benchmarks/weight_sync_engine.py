@@ -266,7 +266,8 @@ async def _roles(folder: Path, versions: int) -> AsyncIterator[tuple[Any, Any]]:
     """The trainer and the fleet of one generator, over Ray, as a run starts them."""
     from actors.generator.generator import GeneratorSpec
     from actors.generator.handle import GeneratorHandle
-    from actors.trainer.policy import PolicyGroup, PolicySpec
+    from actors.trainer.policy import PolicyGroup
+    from actors.trainer.spec import PolicySpec
     from algorithms.config import AlgorithmConfig
     from orchestrator.cluster import ray_cluster
     from orchestrator.config.schema import ClusterConfig

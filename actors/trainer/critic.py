@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from actors.trainer.ranks import LearnerSpec, Rank, RankGroup
+from actors.trainer.ranks import Rank, RankGroup
 from rollout.samples import TrainingSample
-
-
-@dataclass(frozen=True)
-class CriticSpec(LearnerSpec):
-    """Everything a rank of the critic is made from; further attributes as :class:`LearnerSpec`.
-
-    Attributes:
-        clip: how far a new value may be from the old one in the loss; None for no bound.
-    """
-
-    clip: float | None
 
 
 class CriticRank(Rank):

@@ -20,18 +20,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
-from actors.calls import PEER_REFUSED
 from actors.config import LoraConfig
 from actors.model.batches import TOKEN_FEATURES, ModelBatch, expand_prompts, model_batch
 from actors.model.shared_prompts import LINEAR_COST, can_share_prompts, model_width
 from actors.trainer.deepspeed_engine import DeepSpeedEngine, Place, join
-from actors.trainer.ranks import LearnerSpec
 from actors.trainer.schedule import learning_rate
+from actors.trainer.spec import LearnerSpec
 from algorithms.finite import NonFiniteError
 from algorithms.policy_objective import Denominators, ObjectiveMetrics, finish_metrics
 from rollout.balance import micro_batches, padding_share, row_lengths, rows_of_prompts, split_over_ranks
 from rollout.encoding import ExpandedPrompt, PromptEncoder
-from rollout.failures import Failure, FailureError, FailureKind
+from rollout.failures import PEER_REFUSED, Failure, FailureError, FailureKind
 from rollout.media import MediaStore
 from rollout.prompts import Message, Prompt, TextPart
 from rollout.samples import TrainingSample

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +10,11 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from actors.config import WeightsConfig
-from actors.trainer.ranks import LearnerSpec, Rank, RankGroup
+from actors.trainer.ranks import Rank, RankGroup
+from actors.trainer.spec import PolicySpec
 from actors.weights.canary import TOLERANCE_NATS, Canaries, CanarySequence
 from actors.weights.offer import WeightsOffer
 from actors.weights.push.port import GeneratorPort
-from algorithms.config import AlgorithmConfig
 from rollout.prompts import Prompt
 from rollout.samples import TrainingSample
 
@@ -24,23 +22,6 @@ if TYPE_CHECKING:
     from actors.weights.push.recipients import PushReport
 
 LOOPBACK = "127.0.0.1"
-
-
-@dataclass(frozen=True)
-class PolicySpec(LearnerSpec):
-    """Everything a rank of the policy trainer is made from; further attributes as :class:`LearnerSpec`.
-
-    Attributes:
-        algorithm: the loss.
-        temperature: of sampling; log-probabilities are of the tempered distribution.
-        reference: the reference's folder, whose output head the exact KL needs; None takes the model's own.
-        weights: how new versions are handed to the generators.
-    """
-
-    algorithm: AlgorithmConfig
-    temperature: float
-    reference: Path | None = None
-    weights: WeightsConfig = field(default_factory=WeightsConfig)
 
 
 class PolicyRank(Rank):

@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from actors.model.batches import ModelBatch, check_hidden_states, check_samples, token_matrix
-from actors.model.forward import TokenLogProbs, completion_log_probs, freeze, load_model, require_plain
-from actors.model.lora import add_adapters, plain_tensors
+from actors.model.forward import TokenLogProbs, completion_log_probs, require_plain
+from actors.model.loading import freeze, load_model
+from actors.model.lora import add_adapters
 from actors.model.output_head import OutputHead, ReferenceOutputs
 from actors.model.reference_head import load_output_head
 from actors.trainer.deepspeed_engine import Place
 from actors.trainer.gradient_combiner import GradientCombiner
 from actors.trainer.learner import Learner, MicroBatch, PartialLoss, Plan, UnusableOutputError, merged_reports
+from actors.trainer.policy_weights import plain_tensors
 from actors.weights.canary import MAX_TOKENS as CANARY_TOKENS
 from actors.weights.source import gathered
 from algorithms import choices  # noqa: F401  registers the built-in methods
@@ -38,7 +40,7 @@ from rollout.samples import TrainingSample
 from rollout.user_code import import_modules
 
 if TYPE_CHECKING:
-    from actors.trainer.policy import PolicySpec
+    from actors.trainer.spec import PolicySpec
 
 logger = logging.getLogger(__name__)
 

@@ -9,35 +9,13 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import ray
 
 from actors.calls import ActorResources, gather
-from actors.config import DeadlineConfig, ModelConfig, TrainerConfig
-
-
-@dataclass(frozen=True)
-class LearnerSpec:
-    """Everything a rank of a model under training is made from.
-
-    Attributes:
-        model: where it starts from, precision and what is frozen.
-        trainer: optimiser, schedule, ranks and micro-batches.
-        deadlines: of calls and collectives.
-        media_folder: the media store, on a file system that every rank's node sees.
-        seed: of dropout, if the model has any.
-        total_updates: optimiser steps of the whole run, for the schedule.
-    """
-
-    model: ModelConfig
-    trainer: TrainerConfig
-    deadlines: DeadlineConfig
-    media_folder: Path
-    seed: int
-    total_updates: int
+from actors.trainer.spec import LearnerSpec
 
 
 class Rank(ABC):

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from actors.model.batches import ModelBatch, check_samples, token_matrix
-from actors.model.forward import completion_logits, load_model
+from actors.model.forward import completion_logits
+from actors.model.loading import load_model
 from actors.model.output_head import expected_transform
 from actors.trainer.learner import Learner, MicroBatch, PartialLoss, UnusableOutputError, merged_reports
 from algorithms.finite import NonFiniteError, require_finite
@@ -22,7 +23,7 @@ from rollout.balance import split_evenly
 from rollout.samples import TrainingSample
 
 if TYPE_CHECKING:
-    from actors.trainer.critic import CriticSpec
+    from actors.trainer.spec import CriticSpec
 
 
 class ValueTrainer(Learner):

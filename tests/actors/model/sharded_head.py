@@ -16,7 +16,8 @@ from torch import Tensor, distributed
 
 from actors.config import ModelConfig, TrainerConfig
 from actors.model.batches import ModelBatch, model_batch
-from actors.model.forward import completion_log_probs, load_model
+from actors.model.forward import completion_log_probs
+from actors.model.loading import load_model
 from actors.trainer.deepspeed_engine import DeepSpeedEngine, Place, join
 from rollout.encoding import ExpandedPrompt
 

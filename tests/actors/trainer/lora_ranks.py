@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from actors.config import LoraConfig
-from actors.trainer.policy import PolicySpec
+from actors.trainer.spec import PolicySpec
 from rollout.failures import FailureError
 from rollout.samples import TrainingSample
 
@@ -79,9 +79,9 @@ def run_ranks(task: Task) -> list[Outcome]:
 
 
 def main() -> None:
-    from actors.model.lora import adapter_tensors, base_tensors, merged_tensors
     from actors.trainer.deepspeed_engine import Place
     from actors.trainer.policy_trainer import PolicyTrainer
+    from actors.trainer.policy_weights import adapter_tensors, base_tensors, merged_tensors
     from actors.weights.source import gathered
     from actors.weights.tensors import SourceTensor
 

@@ -27,11 +27,13 @@ from transformers import (
 
 from actors.config import DeadlineConfig, ModelConfig, ReferenceConfig, TrainerConfig
 from actors.model.batches import ModelBatch, check_hidden_states, check_samples, model_batch
-from actors.model.forward import completion_hidden_states, completion_log_probs, load_model
+from actors.model.forward import completion_hidden_states, completion_log_probs
+from actors.model.loading import load_model
 from actors.model.output_head import OutputHead, ReferenceOutputs, expected_transform
 from actors.model.reference_head import INDEX, SINGLE, load_output_head
 from actors.reference_pool import ReferencePool, ReferenceSpec
-from actors.trainer.policy import PolicyGroup, PolicySpec
+from actors.trainer.policy import PolicyGroup
+from actors.trainer.spec import PolicySpec
 from algorithms.config import AlgorithmConfig, KLConfig
 from rollout.encoding import ExpandedPrompt
 from rollout.failures import FailureError
