@@ -1,4 +1,4 @@
-"""Typed samples: what the generators made of a prompt, and what it was worth. Token ids, never re-tokenised text."""
+"""Completions, scores, token sequences and training samples. Completions stay token ids; text is never re-tokenised."""
 
 from __future__ import annotations
 
@@ -105,14 +105,32 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TrainingSample:
-    """One sequence for the trainer. Media travel as references; pixels are made where they are used.
+class TokenSequence:
+    """A prompt and a completion as token ids. Media travel as references; pixels are made where they are used.
 
     Attributes:
         prompt: the messages with their media references.
         prompt_token_ids: [prompt tokens] int32, placeholders expanded.
         token_ids: [tokens] int32, the completion.
-        loss_mask: [tokens] bool, True where the policy is trained (False on tool or environment tokens).
+        loss_mask: [tokens] bool, True where the model is trained (False on tool or environment tokens).
+    """
+
+    prompt: Prompt
+    prompt_token_ids: NDArray[np.int32]
+    token_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion tokens together."""
+        return len(self.prompt_token_ids) + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingSample(TokenSequence):
+    """A sequence that the policy sampled, with the columns that reinforcement learning needs.
+
+    Attributes:
         advantages: [tokens] float32.
         behaviour_log_probs: [tokens] float32, of the distribution sampled from.
         policy_versions: [tokens] int32.
@@ -128,10 +146,6 @@ class TrainingSample:
         returns: [tokens] float32, what the critic should have said.
     """
 
-    prompt: Prompt
-    prompt_token_ids: NDArray[np.int32]
-    token_ids: NDArray[np.int32]
-    loss_mask: NDArray[np.bool_]
     advantages: NDArray[np.float32]
     behaviour_log_probs: NDArray[np.float32]
     policy_versions: NDArray[np.int32]
@@ -142,8 +156,3 @@ class TrainingSample:
     objective_rewards: NDArray[np.float32] | None = None
     values: NDArray[np.float32] | None = None
     returns: NDArray[np.float32] | None = None
-
-    @property
-    def total_tokens(self) -> int:
-        """Prompt and completion tokens together."""
-        return len(self.prompt_token_ids) + len(self.token_ids)

@@ -1,4 +1,4 @@
-"""Which tensors of a policy the generators are sent, and how each is read: what training changes, and all the rest once."""
+"""Which tensors of a policy the generators are sent, and how each is read. What training changes is apart."""
 
 from __future__ import annotations
 

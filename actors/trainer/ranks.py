@@ -1,4 +1,4 @@
-"""Data-parallel ranks of a model under training as Ray actors, and the driver's side of them. Imports no torch.
+"""Data-parallel ranks of a model under training as Ray actors, and the group that the driver calls. Imports no torch.
 
 The policy (policy.py) and the critic (critic.py) are such groups.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -27,15 +27,15 @@ class Rank(ABC):
         self.device: Any = device
         self.store: Any = None
         self.learner: Any = None
-        """The :class:`actors.trainer.learner.Learner`, once joined."""
+        """What :meth:`learner_maker` made, once joined."""
 
     @abstractmethod
-    def learner_class(self) -> type:
-        """The learner; imports the engine."""
+    def learner_maker(self) -> Callable[[Any, Any, Any], Any]:
+        """Imports DeepSpeed. Returns what makes the learner of a spec, a place and a rendezvous store."""
 
     def prepare(self) -> tuple[str, int]:
-        """Import the engine; rank 0 also opens the rendezvous store. Returns the node's address and the port."""
-        self.learner_class()  # heavy: all ranks import side by side
+        """Import DeepSpeed; rank 0 also opens the rendezvous store. Returns the node's address and the port."""
+        self.learner_maker()  # heavy: all ranks import side by side
         from actors.trainer.deepspeed_engine import open_store
 
         if self.rank:
@@ -48,7 +48,7 @@ class Rank(ABC):
         from actors.trainer.deepspeed_engine import Place
 
         place = Place(self.rank, self.spec.trainer.ranks, self.device, address, port)
-        self.learner = self.learner_class()(self.spec, place, self.store)
+        self.learner = self.learner_maker()(self.spec, place, self.store)
 
     def save(self, folder: Path) -> None:
         """See :meth:`actors.trainer.learner.Learner.save`."""

@@ -36,7 +36,7 @@ from actors.model.reference_head import load_output_head
 from actors.reference_pool import ReferenceServer, ReferenceSpec
 from actors.trainer.policy_weights import adapter_tensors, base_tensors, merged_tensors, plain_tensors
 from actors.trainer.spec import CriticSpec, PolicySpec
-from actors.trainer.value_trainer import load_value_model
+from actors.trainer.value_objective import load_value_model
 from algorithms.config import AlgorithmConfig, KLConfig
 from rollout.encoding import ExpandedPrompt
 from rollout.samples import TrainingSample
