@@ -143,7 +143,7 @@ class TrainingSample(TokenSequence):
             kept apart; None where they aren't.
         objective_rewards: [objectives] float32, the rewards themselves.
         values: [tokens] float32, the critic's value before each token; None where there is no critic.
-        returns: [tokens] float32, what the critic should have said.
+        returns: [tokens] float32, the critic's target before each token.
     """
 
     advantages: NDArray[np.float32]

@@ -55,7 +55,7 @@ def completion_log_probs(
     one that does something unknown gets whole logits.
 
     Args:
-        model: a Hugging Face model, or an engine around one.
+        model: a Hugging Face model, or DeepSpeed's engine around one.
         batch: on the model's device.
         temperature: above 0; logits are divided by it.
         banned_token_ids: never sampled: their probability is 0.
@@ -115,7 +115,7 @@ def require_plain(model: Any, head: nn.Module) -> None:
     """Raises ValueError where the exact KL can't be taken from hidden states and the output head."""
     if not is_plain(head, model):
         raise ValueError(
-            f"algorithm.kl.estimator = full makes logits from an output head that is a plain matrix, and "
+            f"algorithm.kl.estimator = full needs a model whose output head is a plain matrix, but "
             f"{type(model).__name__} has {type(head).__name__} or changes single logits behind it. Set it to k3."
         )
 
@@ -135,7 +135,8 @@ def completion_logits(model: Any, batch: ModelBatch) -> Tensor:
     if logits.dim() != 2 or len(logits) != len(batch.tokens):
         raise ValueError(
             f"{type(model).__name__} returned logits {list(logits.shape)} for {len(batch.tokens)} completion tokens; "
-            "its forward doesn't use its output embeddings the usual way, so it isn't supported."
+            "its forward must call its output embeddings with hidden states [rows, tokens, width]. Name a model of "
+            "another family in model.path."
         )
     return logits
 

@@ -1,4 +1,4 @@
-"""Completions of one prompt in one row, so that the prompt is computed once instead of once a completion.
+"""Puts completions of one prompt into one row, so that the prompt is computed once instead of once a completion.
 
 A row holds the prompt and several completions of it, one after another. Each completion sees the prompt and itself, by
 a mask, and stands where it would stand behind the prompt alone, by its positions: the log-probabilities are the same.

@@ -93,7 +93,7 @@ class PolicyObjective(Objective[PolicyBatch]):
         """The policy with frozen parts and adapters, and the reference's head where the exact KL needs it.
 
         Raises:
-            ValueError: the models or the estimator aren't such that the exact KL can be taken.
+            ValueError: the exact KL can't be computed with these models or this estimator.
         """
         model = self._spec.model
         module = load_model(model)
@@ -257,8 +257,8 @@ class PolicyObjective(Objective[PolicyBatch]):
         kl, own = self._algorithm.kl, module.get_output_embeddings()
         if KL_ESTIMATORS.get(kl.estimator).function is not full:
             raise ValueError(
-                f"algorithm.kl.estimator = {kl.estimator} needs whole distributions, of which the trainer makes the "
-                "exact KL alone. Set it to full, or to an estimator of single tokens."
+                f"algorithm.kl.estimator = {kl.estimator} needs whole distributions, from which the trainer computes "
+                "only the exact KL. Set it to full, or to an estimator of single tokens."
             )
         require_plain(module, own)
         model = self._spec.model

@@ -56,9 +56,8 @@ def check_samples(
         if len(sample.token_ids) == 0:
             raise _bug("sample_shape", f"{where} has an empty completion.")
         if len(sample.loss_mask) != len(sample.token_ids):
-            raise _bug(
-                "sample_shape", f"{where}: {len(sample.loss_mask)} loss_mask for {len(sample.token_ids)} tokens."
-            )
+            lengths = f"loss_mask has {len(sample.loss_mask)} entries for {len(sample.token_ids)} tokens"
+            raise _bug("sample_shape", f"{where}: {lengths}.")
         if np.isin(sample.token_ids, banned).any():
             raise _bug("banned_token_sampled", f"{where} holds a media placeholder that must never be sampled.")
         for name in (*columns.required, *columns.optional):

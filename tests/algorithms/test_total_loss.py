@@ -393,14 +393,20 @@ def test_metrics_are_those_worked_by_hand() -> None:
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
-def test_supervised_fine_tuning_needs_no_sampler() -> None:
+@pytest.mark.parametrize("nothing", [None, torch.full((1, 2), math.nan)], ids=["no columns", "columns of NaN"])
+def test_supervised_fine_tuning_needs_no_sampler(nothing: Tensor | None) -> None:
     log_probs = torch.tensor([[-1.0, -3.0]], requires_grad=True)
-    nothing = torch.full((1, 2), math.nan)
     batch = TokenBatch(torch.ones(1, 2, dtype=torch.bool), advantages=nothing, behaviour_log_probs=nothing)
     loss, metrics = total_loss(log_probs, None, batch, AlgorithmConfig(loss="nll"), Denominators(2, 1), 0.0)
     assert float(loss.detach()) == 2.0
     assert float(metrics.sums["mismatch_kl"]) == 0.0
     assert float(metrics.sums["importance_weight_mean"]) == 1.0
+
+
+def test_a_loss_that_learns_from_rollouts_needs_their_columns() -> None:
+    batch = TokenBatch(torch.ones(1, 2, dtype=torch.bool), advantages=torch.ones(1, 2))
+    with pytest.raises(ValueError, match="learns from rollouts, but the batch has no advantages or behaviour"):
+        total_loss(torch.zeros(1, 2), None, batch, AlgorithmConfig(), Denominators(2, 1), 0.0)
 
 
 def test_bfloat16_log_probs_are_summed_in_float32() -> None:
