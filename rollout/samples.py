@@ -20,7 +20,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     """The token limit: the completion is truncated."""
     ABORT = "abort"
-    """Cancelled by the engine; never trained on."""
+    """Cancelled by vLLM; never trained on."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +57,7 @@ class Generation:
     """What a generator returns for one prompt.
 
     Attributes:
-        prompt_token_ids: [prompt tokens] int32, media placeholders expanded, exactly as the engine used them.
+        prompt_token_ids: [prompt tokens] int32, media placeholders expanded, exactly as vLLM used them.
         completions: the n samples, in order.
         generator: name of the generator that made them.
         seconds: wall time inside the generator.

@@ -46,7 +46,7 @@ class Learner(Generic[AnyObjective]):
 
     Attributes:
         objective: what the model learns.
-        deepspeed: the engine around the model.
+        deepspeed: the DeepSpeed engine around the model.
         encoder: of prompts, from the model's folder.
         applied_steps: optimiser steps so far.
     """

@@ -55,7 +55,7 @@ class Objective(ABC, Generic[Batch]):
         """
 
     def gradient(self, passes: Passes, batch: Batch) -> tuple[list[ObjectiveMetrics], dict[str, float]]:
-        """Leave the gradient of one optimiser step in the engine. By default that of :meth:`loss`, in one pass.
+        """Leave the gradient of one optimiser step in the DeepSpeed engine: by default that of :meth:`loss`.
 
         Returns:
             The metrics of each micro-batch; fewer than the plan has rounds where something wasn't finite. And metrics

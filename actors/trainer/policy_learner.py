@@ -98,7 +98,7 @@ class PolicyLearner:
     def canaries(self, prompts: Sequence[Prompt]) -> dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]]:
         """Token ids and log-probabilities of this rank's share of the canaries, by index.
 
-        A canary's completion is the beginning of its prompt's own text: nobody has to sample it, and every policy finds
+        A canary's completion is the beginning of its prompt's own text: it needs no sampling, and every policy finds
         some of it likely. Log-probabilities are of the whole distribution at temperature 1, nats.
         """
         # the same ones after every update: encoding them would take longer than a small model's forward pass

@@ -42,7 +42,7 @@ def policy_sources(module: Any, model: ModelConfig, gather_bytes: int) -> tuple[
 
 
 def adapter_tensors(module: nn.Module, precision: str) -> list[SourceTensor]:
-    """A and B of every adapter as peft and vLLM read them, not multiplied by the scaling: their configuration says it.
+    """A and B of every adapter as peft and vLLM read them: without the scaling, which their configuration has.
 
     Args:
         module: with adapters; its parameters may be sharded.
