@@ -17,10 +17,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from rollout.failures import Failure, FailureError, FailureKind
+from rollout.failures import PEER_REFUSED, Failure, FailureError, FailureKind
 
-PEER_REFUSED = "peer_refused"
-"""Reason of the failure that healthy actors report when one of their peers has refused the same call."""
 START = "start"
 """What an actor is asked first; a timeout of it names the resources too, which may be what the actor waits for."""
 SETTLE_S = 5.0

@@ -1,4 +1,4 @@
-"""The frozen reference model: what it says of what the policy sampled. The driver's side imports no torch."""
+"""The frozen reference model: log-probabilities and hidden states of completions. Its pool imports no torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from actors.calls import ActorResources, gather
 from actors.config import DeadlineConfig, ModelConfig, ReferenceConfig
-from rollout.balance import micro_batches, row_lengths, rows_of_prompts, split_over_ranks
-from rollout.samples import TrainingSample
+from rollout.balance import micro_batches, rows_of_sequences, split_over_ranks
+from rollout.samples import TokenSequence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ class ReferenceServer:
         import torch
 
         from actors.model.batches import TOKEN_FEATURES
-        from actors.model.forward import load_model
+        from actors.model.loading import load_model
         from rollout.encoding import PromptEncoder
         from rollout.media import MediaStore
 
@@ -66,11 +66,11 @@ class ReferenceServer:
     def ready(self) -> None:
         """Returns once the model is loaded."""
 
-    def log_probs(self, samples: list[TrainingSample]) -> list[NDArray[np.float32]]:
-        """Log-probabilities of the samples' completions, [tokens] float32 each, nats.
+    def log_probs(self, sequences: Sequence[TokenSequence]) -> list[NDArray[np.float32]]:
+        """Log-probabilities of the completions, [tokens] float32 each, nats.
 
         Raises:
-            FailureError: a sample can't be used (see :func:`actors.model.batches.expand_prompts`).
+            FailureError: a sequence can't be used (see :func:`actors.model.batches.expand_prompts`).
         """
         from actors.model.forward import completion_log_probs
 
@@ -83,10 +83,10 @@ class ReferenceServer:
             )
             return outcome.log_probs.float()[batch.samples, batch.columns]
 
-        return self._by_sample(samples, forward)
+        return self._by_sequence(sequences, forward)
 
-    def hidden_states(self, samples: list[TrainingSample]) -> list[NDArray[np.float16 | np.float32]]:
-        """What the output head makes the logits of the samples' completions of, [tokens, width] each.
+    def hidden_states(self, sequences: Sequence[TokenSequence]) -> list[NDArray[np.float16 | np.float32]]:
+        """What the output head makes the logits of the completions of, [tokens, width] each.
 
         float32 from a float32 model. From a bfloat16 one float16, which takes half the room and loses nothing of
         numbers from 1e-5 to 65504; float32 for a micro-batch with greater ones.
@@ -107,10 +107,12 @@ class ReferenceServer:
             is_small = hidden.dtype != torch.float32 and bool((hidden.abs() <= torch.finfo(torch.float16).max).all())
             return hidden.to(torch.float16 if is_small else torch.float32)
 
-        return self._by_sample(samples, forward)
+        return self._by_sequence(sequences, forward)
 
-    def _by_sample(self, samples: list[TrainingSample], forward: Callable[[ModelBatch], Tensor]) -> list[NDArray[Any]]:
-        """What a pass gives each completion token, sample by sample.
+    def _by_sequence(
+        self, sequences: Sequence[TokenSequence], forward: Callable[[ModelBatch], Tensor]
+    ) -> list[NDArray[Any]]:
+        """What a pass gives each completion token, sequence by sequence.
 
         Args:
             forward: returns [N, ...] for the N completion tokens of a micro-batch.
@@ -118,35 +120,24 @@ class ReferenceServer:
         import torch
 
         from actors.model.batches import expand_prompts, model_batch
-        from actors.model.shared_prompts import LINEAR_COST, can_share_prompts, model_width
+        from actors.model.shared_prompts import token_cost
 
-        prompts = expand_prompts(samples, self._encoder)
+        prompts = expand_prompts(sequences, self._encoder)
         bound = self.spec.config.micro_batch_tokens
-        prompt_lengths = [len(sample.prompt_token_ids) for sample in samples]
-        completion_lengths = [len(sample.token_ids) for sample in samples]
-        rows = [[index] for index in range(len(samples))]
-        if can_share_prompts(self._model):
-            rows = rows_of_prompts(
-                [sample.prompt.prompt_id for sample in samples],
-                prompt_lengths,
-                completion_lengths,
-                max_tokens=bound,
-                token_cost=LINEAR_COST * model_width(self._model),
-            )
-        lengths = row_lengths(rows, prompt_lengths, completion_lengths)
-        result: list[NDArray[Any]] = [np.empty(0, np.float32)] * len(samples)
+        rows, lengths = rows_of_sequences(sequences, token_cost=token_cost(self._model), max_tokens=bound)
+        result: list[NDArray[Any]] = [np.empty(0, np.float32)] * len(sequences)
         for group in micro_batches(lengths, range(len(rows)), bound):
             members = [index for row in group for index in rows[row]]
             batch = model_batch(
                 [prompts[index] for index in members],
-                [samples[index].token_ids for index in members],
+                [sequences[index].token_ids for index in members],
                 rows=[number for number, row in enumerate(group) for _ in rows[row]],
                 pad_token_id=self._encoder.tokenizer.pad_token_id or 0,
                 token_features=self._token_features,
             )
             with torch.no_grad():
                 values = forward(batch.to(self._device)).cpu().numpy()
-            ends = np.cumsum([completion_lengths[index] for index in members])
+            ends = np.cumsum([len(sequences[index].token_ids) for index in members])
             for index, part in zip(members, np.split(values, ends[:-1]), strict=True):
                 result[index] = part.copy()
         return result
@@ -182,24 +173,24 @@ class ReferencePool:
             raise
         return pool
 
-    async def log_probs(self, samples: list[TrainingSample]) -> list[NDArray[np.float32]]:
-        """The reference's log-probabilities of the samples' completions, [tokens] float32 each, nats."""
-        return await self._by_sample("log_probs", "compute log-probabilities", samples)
+    async def log_probs(self, sequences: Sequence[TokenSequence]) -> list[NDArray[np.float32]]:
+        """The reference's log-probabilities of the completions, [tokens] float32 each, nats."""
+        return await self._by_sequence("log_probs", "compute log-probabilities", sequences)
 
-    async def hidden_states(self, samples: list[TrainingSample]) -> list[NDArray[np.float16 | np.float32]]:
+    async def hidden_states(self, sequences: Sequence[TokenSequence]) -> list[NDArray[np.float16 | np.float32]]:
         """What the reference's head makes the completions' logits of (see :meth:`ReferenceServer.hidden_states`)."""
-        return await self._by_sample("hidden_states", "compute hidden states", samples)
+        return await self._by_sequence("hidden_states", "compute hidden states", sequences)
 
-    async def _by_sample(self, method: str, what: str, samples: list[TrainingSample]) -> list[NDArray[Any]]:
-        shares = split_over_ranks([sample.total_tokens for sample in samples], len(self.actors))
+    async def _by_sequence(self, method: str, what: str, sequences: Sequence[TokenSequence]) -> list[NDArray[Any]]:
+        shares = split_over_ranks([sequence.total_tokens for sequence in sequences], len(self.actors))
         indices = {f"replica {number}": share for number, share in enumerate(shares) if share}
         calls = {
-            name: getattr(actor, method).remote([samples[index] for index in indices[name]])
+            name: getattr(actor, method).remote([sequences[index] for index in indices[name]])
             for name, actor in ((f"replica {number}", actor) for number, actor in enumerate(self.actors))
             if name in indices
         }
         answers = await gather(calls, ROLE, what, self.spec.deadlines.update_s)
-        result: list[NDArray[Any]] = [np.empty(0, np.float32)] * len(samples)
+        result: list[NDArray[Any]] = [np.empty(0, np.float32)] * len(sequences)
         for name, share in indices.items():
             for index, values in zip(share, answers[name], strict=True):
                 result[index] = values

@@ -1,4 +1,4 @@
-"""What a critic learns: the returns it should have foretold, and its loss by token."""
+"""The critic's targets, which are lambda-returns, and its loss by token."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def value_loss(
         ValueError: `clip` isn't above 0.
     """
     if clip is not None and clip <= 0:
-        raise ValueError(f"clip = {clip:g} would let no value move. It must be above 0, or None for no bound.")
+        raise ValueError(f"clip = {clip:g} keeps every value where it is. Set it above 0, or to None for no bound.")
     values = torch.where(mask, values, 0.0)
     old_values, returns = torch.where(mask, old_values, 0.0), torch.where(mask, returns, 0.0)
     plain = (values - returns).square()
@@ -55,7 +55,7 @@ def value_loss(
 
 
 def lambda_returns(inputs: AdvantageInputs, discount: float = 1.0, trace_decay: float = 1.0) -> Tensor:
-    """What the critic should have said before each token: its value plus the advantage, before any whitening.
+    """The critic's target before each token: its value plus the advantage, before any whitening.
 
     That is the lambda-return (Sutton & Barto, Reinforcement Learning, 2nd edition, section 12.1), whatever the
     advantage estimator. With trace_decay 1 the critic's own values cancel and the discounted sum of rewards is left.

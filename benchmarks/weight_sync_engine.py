@@ -267,7 +267,8 @@ async def _roles(folder: Path, versions: int) -> AsyncIterator[tuple[Any, Any]]:
     """The trainer and a fleet of one generator over Ray, started as in a run."""
     from actors.generator.handle import GeneratorHandle
     from actors.generator.spec import GeneratorSpec
-    from actors.trainer.policy import PolicyGroup, PolicySpec
+    from actors.trainer.policy import PolicyGroup
+    from actors.trainer.spec import PolicySpec
     from algorithms.config import AlgorithmConfig
     from orchestrator.cluster import ray_cluster
     from orchestrator.config.schema import ClusterConfig

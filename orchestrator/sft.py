@@ -138,7 +138,8 @@ def _sample(prompt: Prompt, encoder: PromptEncoder, config: SFTConfig) -> Traini
 
 
 async def _start_policy(config: SFTConfig) -> PolicyGroup:
-    from actors.trainer.policy import PolicyGroup, PolicySpec
+    from actors.trainer.policy import PolicyGroup
+    from actors.trainer.spec import PolicySpec
     from algorithms.config import AlgorithmConfig
 
     spec = PolicySpec(

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Sequence
 
 from rollout.failures import DataError
+from rollout.samples import TokenSequence
 
 
 def split_evenly(count: int, parts: int) -> list[range]:
@@ -40,32 +41,80 @@ def split_over_ranks(lengths: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def micro_batches(lengths: Sequence[int], indices: Sequence[int], max_tokens: int) -> list[list[int]]:
+def micro_batches(
+    lengths: Sequence[int], indices: Sequence[int], max_tokens: int, rows: Sequence[int] | None = None
+) -> list[list[int]]:
     """Group samples of like length, so that no group holds more than `max_tokens` with its padding.
 
     Args:
-        lengths: [samples] tokens of each sample of the batch.
+        lengths: [samples] tokens of each sample of the batch; of its longest row where it has several.
         indices: the samples to group.
-        max_tokens: bound of (samples in a group) x (longest of them).
+        max_tokens: bound of (rows in a group) x (longest of them).
+        rows: [samples] rows of each, which stay together; None for one each.
     Returns:
         Groups of indices, longest samples first. Every index occurs exactly once.
     Raises:
         DataError: `sample_exceeds_micro_batch` when one sample alone is beyond the bound.
     """
     groups: list[list[int]] = []
+    count = 0
     for index in _longest_first(lengths, indices):
-        if lengths[index] > max_tokens:
-            raise DataError(
-                "sample_exceeds_micro_batch",
-                f"a sample of {lengths[index]:,} tokens (prompt and completion) doesn't fit a micro-batch of "
-                f"{max_tokens:,} tokens. Raise micro_batch_tokens to at least {lengths[index]}, or lower "
-                "rollout.sampling.max_tokens or model.max_length.",
-            )
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
+        own = 1 if rows is None else rows[index]
+        if own * lengths[index] > max_tokens:
+            raise _too_long(own, lengths[index], max_tokens)
+        if groups and (count + own) * lengths[groups[-1][0]] <= max_tokens:
             groups[-1].append(index)
+            count += own
         else:
             groups.append([index])
+            count = own
     return groups
+
+
+def _too_long(rows: int, length: int, max_tokens: int) -> DataError:
+    what = (
+        f"a sample of {length:,} tokens (prompt and completion) doesn't fit"
+        if rows == 1
+        else f"{rows} rows that must stay together, the longest of {length:,} tokens, don't fit"
+    )
+    return DataError(
+        "sample_exceeds_micro_batch",
+        f"{what} a micro-batch of {max_tokens:,} tokens. Raise micro_batch_tokens to at least {rows * length}, or "
+        "lower rollout.sampling.max_tokens or model.max_length.",
+    )
+
+
+def rows_of_sequences(
+    sequences: Sequence[TokenSequence],
+    *,
+    token_cost: int | None,
+    max_tokens: int,
+    units: Sequence[int] | None = None,
+) -> tuple[list[list[int]], list[int]]:
+    """Which sequences share a row because they have the same prompt, and how long each row is.
+
+    Args:
+        sequences: of one batch.
+        token_cost: see :func:`rows_of_prompts`; None where the model takes one sequence a row.
+        max_tokens: bound of a row.
+        units: [sequences] number of the unit that each belongs to; sequences of two units share no row. None for a
+            single unit.
+    Returns:
+        Rows of sequence indices, and [rows] tokens of each row.
+    """
+    prompt_lengths = [len(sequence.prompt_token_ids) for sequence in sequences]
+    completion_lengths = [len(sequence.token_ids) for sequence in sequences]
+    rows = [[index] for index in range(len(sequences))]
+    if token_cost is not None:
+        ids = [sequence.prompt.prompt_id for sequence in sequences]
+        rows = rows_of_prompts(
+            ids if units is None else [f"{unit}/{key}" for unit, key in zip(units, ids, strict=True)],
+            prompt_lengths,
+            completion_lengths,
+            max_tokens=max_tokens,
+            token_cost=token_cost,
+        )
+    return rows, row_lengths(rows, prompt_lengths, completion_lengths)
 
 
 def rows_of_prompts(

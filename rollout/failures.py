@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+PEER_REFUSED = "peer_refused"
+"""Reason of the failure that healthy actors report when one of their peers has refused the same call."""
+
 
 class FailureKind(StrEnum):
     """Who is at fault, which decides what happens next."""

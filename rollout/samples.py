@@ -1,4 +1,4 @@
-"""Typed samples: what the generators made of a prompt, and what it was worth. Token ids, never re-tokenised text."""
+"""Completions, scores, token sequences and training samples. Completions stay token ids; text is never re-tokenised."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     """The token limit: the completion is truncated."""
     ABORT = "abort"
-    """Cancelled by the engine; never trained on."""
+    """Cancelled by vLLM; never trained on."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +57,7 @@ class Generation:
     """What a generator returns for one prompt.
 
     Attributes:
-        prompt_token_ids: [prompt tokens] int32, media placeholders expanded, exactly as the engine used them.
+        prompt_token_ids: [prompt tokens] int32, media placeholders expanded, exactly as vLLM used them.
         completions: the n samples, in order.
         generator: name of the generator that made them.
         seconds: wall time inside the generator.
@@ -105,14 +105,32 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TrainingSample:
-    """One sequence for the trainer. Media travel as references; pixels are made where they are used.
+class TokenSequence:
+    """A prompt and a completion as token ids. Media travel as references; pixels are made where they are used.
 
     Attributes:
         prompt: the messages with their media references.
         prompt_token_ids: [prompt tokens] int32, placeholders expanded.
         token_ids: [tokens] int32, the completion.
-        loss_mask: [tokens] bool, True where the policy is trained (False on tool or environment tokens).
+        loss_mask: [tokens] bool, True where the model is trained (False on tool or environment tokens).
+    """
+
+    prompt: Prompt
+    prompt_token_ids: NDArray[np.int32]
+    token_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion tokens together."""
+        return len(self.prompt_token_ids) + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingSample(TokenSequence):
+    """A sequence that the policy sampled, with the columns that reinforcement learning needs.
+
+    Attributes:
         advantages: [tokens] float32.
         behaviour_log_probs: [tokens] float32, of the distribution sampled from.
         policy_versions: [tokens] int32.
@@ -125,13 +143,9 @@ class TrainingSample:
             kept apart; None where they aren't.
         objective_rewards: [objectives] float32, the rewards themselves.
         values: [tokens] float32, the critic's value before each token; None where there is no critic.
-        returns: [tokens] float32, what the critic should have said.
+        returns: [tokens] float32, the critic's target before each token.
     """
 
-    prompt: Prompt
-    prompt_token_ids: NDArray[np.int32]
-    token_ids: NDArray[np.int32]
-    loss_mask: NDArray[np.bool_]
     advantages: NDArray[np.float32]
     behaviour_log_probs: NDArray[np.float32]
     policy_versions: NDArray[np.int32]
@@ -142,8 +156,3 @@ class TrainingSample:
     objective_rewards: NDArray[np.float32] | None = None
     values: NDArray[np.float32] | None = None
     returns: NDArray[np.float32] | None = None
-
-    @property
-    def total_tokens(self) -> int:
-        """Prompt and completion tokens together."""
-        return len(self.prompt_token_ids) + len(self.token_ids)

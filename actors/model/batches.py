@@ -1,4 +1,4 @@
-"""From samples to tensors: right-padded ids, media features put together, and where the completions' logits lie."""
+"""Makes tensors of token sequences: right-padded ids, joined media features, and where the completions' logits lie."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from actors.model.shared_media import SharedImages, share_images
 from actors.model.shared_prompts import RowLayout, row_layout
 from algorithms.packing import Packing
 from rollout.encoding import ExpandedPrompt, PromptEncoder
-from rollout.failures import DataError, Failure, FailureError, FailureKind
-from rollout.samples import TrainingSample
+from rollout.failures import DataError
+from rollout.samples import TokenSequence
 
 TOKEN_FEATURES = frozenset({"mm_token_type_ids", "token_type_ids"})
 """Features with one value a token, [1, tokens]; 0 means text."""
@@ -125,78 +125,33 @@ def model_batch(
 
 
 def token_matrix(values: Sequence[NDArray[np.generic]], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Values by completion token as [B, T], zeros behind each completion's end."""
-    lengths = torch.tensor([len(value) for value in values])
-    return Packing.of(lengths, shape[1]).to_rows(torch.from_numpy(np.concatenate(values)).to(dtype))
+    """Values by completion token as [B, T], zeros behind each completion's end and in rows without values.
+
+    Args:
+        values: [tokens] of each of the first rows; at most B of them.
+    """
+    lengths = torch.tensor([len(value) for value in values] + [0] * (shape[0] - len(values)))
+    packed = np.concatenate([np.zeros(0, np.bool_), *values])
+    return Packing.of(lengths, shape[1]).to_rows(torch.from_numpy(packed).to(dtype))
 
 
-def expand_prompts(samples: Sequence[TrainingSample], encoder: PromptEncoder) -> list[ExpandedPrompt]:
-    """The trainer's own expansion of each sample's prompt, proven equal to the generator's.
+def expand_prompts(sequences: Sequence[TokenSequence], encoder: PromptEncoder) -> list[ExpandedPrompt]:
+    """The trainer's own expansion of each sequence's prompt, proven equal to the generator's.
 
     Raises:
         DataError: `prompt_expansion_mismatch` where they differ; training on them would pair log-probabilities with
             other tokens than were sampled.
     """
-    expanded = [encoder.expand(sample.prompt) for sample in samples]
-    for sample, prompt in zip(samples, expanded, strict=True):
-        if not np.array_equal(sample.prompt_token_ids, prompt.token_ids):
+    expanded = [encoder.expand(sequence.prompt) for sequence in sequences]
+    for sequence, prompt in zip(sequences, expanded, strict=True):
+        if not np.array_equal(sequence.prompt_token_ids, prompt.token_ids):
             raise DataError(
                 "prompt_expansion_mismatch",
-                f"prompt {sample.prompt.prompt_id}: the generator used {len(sample.prompt_token_ids)} tokens, the "
+                f"prompt {sequence.prompt.prompt_id}: the generator used {len(sequence.prompt_token_ids)} tokens, the "
                 f"trainer's processor makes {len(prompt.token_ids)}. Both must read the same processor and chat "
                 "template, and media placeholders must be expanded only once.",
             )
     return expanded
-
-
-def check_samples(samples: Sequence[TrainingSample], banned_token_ids: Collection[int]) -> None:
-    """Refuse samples that no update can be made from. Cheap; every rank runs it on all samples, so all decide alike.
-
-    Raises:
-        FailureError: of kind bug: `no_samples`, `sample_shape`, `sample_not_finite`, `banned_token_sampled`.
-    """
-    if not samples:
-        raise _bug("no_samples", "an update got no samples. The batch must hold at least one.")
-    for name in ("reference_log_probs", "reference_hidden", "proximal_log_probs"):
-        missing = sum(getattr(sample, name) is None for sample in samples)
-        if missing not in (0, len(samples)):
-            raise _bug("sample_shape", f"{missing} of {len(samples)} samples have no {name}: all must, or none.")
-    banned = np.fromiter(banned_token_ids, dtype=np.int32, count=len(banned_token_ids))
-    for index, sample in enumerate(samples):
-        where = f"sample {index} (prompt {sample.prompt.prompt_id})"
-        tokens = len(sample.token_ids)
-        if tokens == 0:
-            raise _bug("sample_shape", f"{where} has an empty completion.")
-        if np.isin(sample.token_ids, banned).any():
-            raise _bug("banned_token_sampled", f"{where} holds a media placeholder that must never be sampled.")
-        for name in ("loss_mask", "advantages", "behaviour_log_probs", "reference_log_probs", "proximal_log_probs"):
-            values = getattr(sample, name)
-            if values is None:
-                continue
-            if len(values) != tokens:
-                raise _bug("sample_shape", f"{where}: {len(values)} {name} for {tokens} tokens.")
-            if not np.isfinite(values[sample.loss_mask]).all():
-                raise _bug("sample_not_finite", f"{where}: its {name} aren't all finite: {values[sample.loss_mask]}.")
-        hidden = sample.reference_hidden  # far too large to look through on every rank; the loss refuses NaN by name
-        if hidden is not None and (hidden.ndim != 2 or len(hidden) != tokens):
-            raise _bug("sample_shape", f"{where}: reference_hidden {list(hidden.shape)} for {tokens} tokens.")
-
-
-def check_hidden_states(samples: Sequence[TrainingSample], width: int) -> None:
-    """Refuse samples without the reference's hidden states, or with those of a model of another width.
-
-    Raises:
-        FailureError: of kind bug: `sample_shape`.
-    """
-    for index, sample in enumerate(samples):
-        hidden = sample.reference_hidden
-        if hidden is None or hidden.shape[1] != width:
-            found = "none" if hidden is None else hidden.shape[1]
-            raise _bug(
-                "sample_shape",
-                f"sample {index} (prompt {sample.prompt.prompt_id}) has reference_hidden of width {found}: the exact "
-                f"KL needs {width}, the reference head's.",
-            )
 
 
 def _features(
@@ -227,7 +182,3 @@ def _features(
             )
         batch[name] = torch.cat(parts)
     return batch
-
-
-def _bug(reason: str, message: str) -> FailureError:
-    return FailureError(Failure(FailureKind.BUG, reason, message))

@@ -1,15 +1,13 @@
-"""The model of trainer and reference: loading, freezing, and the log-probabilities of completions."""
+"""The forward pass that trainer and reference share: log-probabilities and hidden states of completions."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from actors.config import FreezeConfig, ModelConfig
 from actors.model.batches import ModelBatch
+from actors.model.loading import VISION_TOWERS, outermost
 from actors.model.output_head import (
     ReferenceOutputs,
     can_tile,
@@ -20,12 +18,6 @@ from actors.model.output_head import (
 )
 from actors.model.shared_media import GRID, repeated_images
 from algorithms.log_probs import BUDGET_BYTES, statistics_of_logits
-
-PROJECTORS = frozenset(
-    {"multi_modal_projector", "mm_projector", "merger", "deepstack_merger_list", "connector", "aligner", "projector"}
-)
-VISION_TOWERS = frozenset({"visual", "vision_tower", "vision_model", "vision_encoder"})
-LANGUAGE_MODELS = frozenset({"language_model", "text_model"})
 
 
 class TokenLogProbs(NamedTuple):
@@ -42,60 +34,6 @@ class TokenLogProbs(NamedTuple):
     entropy: Tensor | None
     collision: Tensor | None
     kl: Tensor | None = None
-
-
-def load_model(config: ModelConfig, path: Path | None = None) -> Any:
-    """A model with its weights, on the CPU: a vision-language one where its architecture is, else a causal LM.
-
-    Args:
-        config: precision, attention and whether code of the folder may run.
-        path: another folder than the config's (the reference may have its own).
-    """
-    folder = path or config.path
-    kind, _ = auto_class(folder, trust_remote_code=config.trust_remote_code)
-    return kind.from_pretrained(
-        folder,
-        dtype=getattr(torch, config.precision),
-        attn_implementation=config.attention,
-        trust_remote_code=config.trust_remote_code,
-    )
-
-
-def auto_class(folder: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
-    """The class that makes a folder's model, and its configuration."""
-    from transformers import (
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
-
-    hub_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    remote_classes = getattr(hub_config, "auto_map", None) or {}
-    is_multimodal = (
-        type(hub_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in remote_classes
-    )
-    return (AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM), hub_config
-
-
-def freeze(model: nn.Module, config: FreezeConfig) -> None:
-    """Turn off the gradients of the parts that the config names.
-
-    Raises:
-        ValueError: a part to freeze doesn't exist in this architecture, or nothing would be left to train.
-    """
-    projector = outermost(model, PROJECTORS)
-    if config.vision_tower:
-        kept = {id(parameter) for module in projector for parameter in module.parameters()}
-        _freeze_all("vision_tower", outermost(model, VISION_TOWERS), VISION_TOWERS, keep=kept)
-    if config.projector:
-        _freeze_all("projector", projector, PROJECTORS)
-    if config.language_model:
-        _freeze_all("language_model", outermost(model, LANGUAGE_MODELS), LANGUAGE_MODELS)
-        output_embeddings = model.get_output_embeddings()  # type: ignore[operator]
-        output_embeddings.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("model.freeze leaves no parameter to train. Keep at least one part trainable.")
 
 
 def completion_log_probs(
@@ -117,7 +55,7 @@ def completion_log_probs(
     one that does something unknown gets whole logits.
 
     Args:
-        model: a Hugging Face model, or an engine around one.
+        model: a Hugging Face model, or DeepSpeed's engine around one.
         batch: on the model's device.
         temperature: above 0; logits are divided by it.
         banned_token_ids: never sampled: their probability is 0.
@@ -177,7 +115,7 @@ def require_plain(model: Any, head: nn.Module) -> None:
     """Raises ValueError where the exact KL can't be taken from hidden states and the output head."""
     if not is_plain(head, model):
         raise ValueError(
-            f"algorithm.kl.estimator = full makes logits from an output head that is a plain matrix, and "
+            f"algorithm.kl.estimator = full needs a model whose output head is a plain matrix, but "
             f"{type(model).__name__} has {type(head).__name__} or changes single logits behind it. Set it to k3."
         )
 
@@ -197,7 +135,8 @@ def completion_logits(model: Any, batch: ModelBatch) -> Tensor:
     if logits.dim() != 2 or len(logits) != len(batch.tokens):
         raise ValueError(
             f"{type(model).__name__} returned logits {list(logits.shape)} for {len(batch.tokens)} completion tokens; "
-            "its forward doesn't use its output embeddings the usual way, so it isn't supported."
+            "its forward must call its output embeddings with hidden states [rows, tokens, width]. Name a model of "
+            "another family in model.path."
         )
     return logits
 
@@ -214,21 +153,3 @@ def _forward(model: Any, batch: ModelBatch) -> Any:
 
 def _scatter(values: Tensor, batch: ModelBatch) -> Tensor:
     return values.new_zeros(batch.shape).index_put((batch.samples, batch.columns), values)
-
-
-def outermost(model: nn.Module, names: frozenset[str]) -> list[nn.Module]:
-    """Modules with one of these names that aren't inside another such module."""
-    paths = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in names]
-    outermost = [path for path in paths if not any(path.startswith(other + ".") for other in paths)]
-    return [model.get_submodule(path) for path in outermost]
-
-
-def _freeze_all(part: str, modules: list[nn.Module], names: frozenset[str], keep: set[int] | None = None) -> None:
-    if not modules:
-        raise ValueError(
-            f"model.freeze.{part} is set, but the model has no module named {', '.join(sorted(names))}. Unset it."
-        )
-    for module in modules:
-        for parameter in module.parameters():
-            if keep is None or id(parameter) not in keep:
-                parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""LoRA adapters on the policy: where they sit, which tensors they are made of, and the folder vLLM loads them from.
+"""LoRA adapters on the policy: where they sit, their matrices, and the folder that vLLM loads them from.
 
 Adapters are put into the Hugging Face model in place (peft's `inject_adapter_in_model`), so its class, its forward
 pass and its output head stay what they are. Nothing here knows of training or of transport.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from actors.config import LoraConfig, ModelConfig
-from actors.model.forward import LANGUAGE_MODELS, PROJECTORS, VISION_TOWERS, auto_class, outermost
-from actors.weights.source import SourceTensor, full_shape
+from actors.model.loading import LANGUAGE_MODELS, PROJECTORS, VISION_TOWERS, auto_class, outermost
 
 if TYPE_CHECKING:
     import peft
@@ -109,57 +108,6 @@ def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def adapter_tensors(module: nn.Module, precision: str) -> list[SourceTensor]:
-    """A and B of every adapter as peft and vLLM read them, not multiplied by the scaling: their configuration says it.
-
-    Args:
-        module: with adapters; its parameters may be sharded.
-        precision: on the wire.
-    """
-    return [_as_it_is(name, parameter, precision) for name, parameter in adapter_parameters(module).items()]
-
-
-def merged_tensors(module: nn.Module, precision: str) -> list[SourceTensor]:
-    """W + scaling * B A of every adapted layer, added up in float32, under the name that W has without adapters.
-
-    Args:
-        module: with adapters; its parameters may be sharded.
-        precision: on the wire.
-    """
-    return [
-        SourceTensor(
-            f"{adapter.path}.weight",
-            precision,
-            full_shape(adapter.weight),
-            (adapter.weight, adapter.a, adapter.b),
-            adapter.merged,
-        )
-        for adapter in adapters(module)
-    ]
-
-
-def base_tensors(module: nn.Module, precision: str) -> list[SourceTensor]:
-    """Everything that isn't an adapter, under the names it has without adapters; tied weights once.
-
-    Args:
-        module: with adapters or without; its parameters may be sharded.
-        precision: on the wire.
-    """
-    own = {id(parameter) for parameter in adapter_parameters(module).values()}
-    paths = {adapter.path for adapter in adapters(module)}
-    return [
-        _as_it_is(_plain(name, paths), parameter, precision)
-        for name, parameter in module.named_parameters()
-        if id(parameter) not in own
-    ]
-
-
-def plain_tensors(module: nn.Module, precision: str) -> list[SourceTensor]:
-    """The whole model as one without adapters that does the same: merged where a layer is adapted, else as it is."""
-    merged = {tensor.name: tensor for tensor in merged_tensors(module, precision)}
-    return [merged.get(tensor.name, tensor) for tensor in base_tensors(module, precision)]
-
-
 def adapter_config(config: LoraConfig, module: nn.Module) -> dict[str, Any]:
     """Content of `adapter_config.json`, plain JSON: what peft and vLLM have to know of adapters besides their matrices.
 
@@ -178,7 +126,7 @@ def write_adapter_folder(folder: Path, adapter_config: dict[str, Any], tensors: 
     Args:
         folder: made if need be; an adapter in it is replaced.
         adapter_config: of :func:`adapter_config`.
-        tensors: name and value of those of :func:`adapter_tensors`.
+        tensors: A and B of every adapter, by their names in a checkpoint of peft's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors}, folder / WEIGHTS_FILE)
@@ -257,14 +205,3 @@ def _peft_config(config: LoraConfig, paths: list[str]) -> peft.LoraConfig:
         use_rslora=config.use_rslora,
         bias="none",
     )
-
-
-def _plain(name: str, paths: set[str]) -> str:
-    """A parameter's name without adapters."""
-    path, dot, last = name.rpartition(f".{BASE}.")
-    return f"{path}.{last}" if dot and path in paths else name
-
-
-def _as_it_is(name: str, parameter: nn.Parameter, precision: str) -> SourceTensor:
-    read: Callable[[], Tensor] = parameter.detach
-    return SourceTensor(name, precision, full_shape(parameter), (parameter,), read)

@@ -16,7 +16,7 @@ from algorithms.logit_tiles import LogitTransform
 
 WHOLE_LOGITS = frozenset({"chameleon", "inkling"})
 """Model types that change single columns behind their head, or cut some off."""
-PROBE_TOLERANCE = 1e-4
+TRANSFORM_TOLERANCE = 1e-4
 """Relative: float32 through a scale and a tanh."""
 KL = "kl"
 """Among a head's statistics."""
@@ -176,9 +176,9 @@ def inside_head(
 
     It is made within the head module's own call, because ZeRO-3 shows a weight only to its module: its hooks gather
     the head for the call and, by the tensor that the call returns, once more for the backward pass. What flows on
-    through the model in the logits' place is a probe, two rows of known numbers. What comes out tells whether the
-    family did behind its head what is expected of it. The result and the model's own output are tied together in the
-    graph, since engines hook on to that.
+    through the model in the logits' place is two rows of known numbers. What comes out shows whether the family does
+    behind its head what is expected. The result and the model's own output are tied together in the graph, because
+    DeepSpeed's hooks wait for the gradient of that output.
 
     Args:
         forward: calls the model; its result has `logits`.
@@ -188,12 +188,12 @@ def inside_head(
     Returns:
         What `compute` returned, or None where the family does something else behind its head.
     """
-    probe = _probe(head)
+    known = _known_rows(head)
     found: list[Tensor] = []
 
     def keep(_: nn.Module, __: tuple[Tensor, ...], computed: Tensor) -> Tensor:
         found.append(computed)
-        return _follow(probe, computed)
+        return _follow(known, computed)
 
     head.forward = compute  # type: ignore[assignment, method-assign]
     hook = head.register_forward_hook(keep)
@@ -202,12 +202,12 @@ def inside_head(
     finally:
         hook.remove()
         del head.forward
-    if len(found) != 1 or not _agree(output, transform(probe)):
+    if len(found) != 1 or not _agree(output, transform(known)):
         return None
     return _follow(found[0], output)
 
 
-def _probe(head: nn.Linear) -> Tensor:
+def _known_rows(head: nn.Linear) -> Tensor:
     """[2, vocabulary] float32: numbers from small to large, and the same in another order."""
     # A soft cap bends what is large and leaves what is small.
     line = torch.linspace(-60.0, 60.0, head.out_features, device=head.weight.device)
@@ -218,22 +218,22 @@ def _agree(output: Tensor, expected: Tensor) -> bool:
     found = output.detach()
     if found.shape != expected.shape:
         return False
-    return torch.allclose(found.float(), expected, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE)
+    return torch.allclose(found.float(), expected, rtol=TRANSFORM_TOLERANCE, atol=TRANSFORM_TOLERANCE)
 
 
 def _unknown(transform: LogitTransform) -> ValueError:
     return ValueError(
-        f"the model doesn't do to its logits what its configuration says ({transform}), so the exact KL can't be made "
-        "of its hidden states. Set algorithm.kl.estimator to k3."
+        f"the model changes its logits otherwise than its configuration says ({transform}), so the exact KL can't be "
+        "computed from its hidden states. Set algorithm.kl.estimator to k3."
     )
 
 
 def _refuse_or_warn(head: nn.Linear, transform: LogitTransform) -> None:
-    message = f"the model doesn't do to its logits what its configuration says ({transform})"
+    message = f"the model changes its logits otherwise than its configuration says ({transform})"
     if hasattr(head.weight, "ds_id"):
         raise ValueError(
-            f"{message}, so they can't be computed in tiles, and under ZeRO-3 not as a whole either once that shows. "
-            f"Use trainer.zero_stage 2 or lower, or smaller micro-batches, whose logits are computed as a whole."
+            f"{message}, so they can't be computed in tiles. Use trainer.zero_stage 2 or lower, or a smaller "
+            "trainer.micro_batch_tokens, so that they are computed as a whole from the start."
         )
     warnings.warn(f"{message}: they are computed as a whole, which takes more memory and time", stacklevel=2)
 

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from actors.config import ModelConfig
-from actors.model.forward import auto_class, load_model, require_plain
+from actors.model.forward import require_plain
+from actors.model.loading import auto_class, load_model
 from actors.model.output_head import OutputHead, expected_transform
 
 INDEX = "model.safetensors.index.json"

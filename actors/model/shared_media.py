@@ -1,4 +1,4 @@
-"""Each image of a micro-batch through the vision tower once, however many completions share its prompt.
+"""Runs each image of a micro-batch through the vision tower once, however many completions share its prompt.
 
 A group of n completions holds the same images n times. The tower runs on the distinct ones and its output is repeated
 where the language model wants it, so that the gradients of all n flow back into one pass. Done with hooks around the
@@ -137,7 +137,7 @@ def _repeat(output: Any, shared: SharedImages) -> Any:
         if rows is None:
             raise ValueError(
                 f"the vision tower returned {list(output.shape)} for {len(shared.grid)} images of "
-                f"{int(shared.grid.prod(-1).sum())} patches; how its rows belong to the images isn't known"
+                f"{int(shared.grid.prod(-1).sum())} patches, so its rows can't be assigned to the images"
             )
         return output.index_select(0, rows)
     if isinstance(output, Mapping):

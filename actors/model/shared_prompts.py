@@ -1,4 +1,4 @@
-"""Completions of one prompt in one row, so that the prompt is computed once instead of once a completion.
+"""Puts completions of one prompt into one row, so that the prompt is computed once instead of once a completion.
 
 A row holds the prompt and several completions of it, one after another. Each completion sees the prompt and itself, by
 a mask, and stands where it would stand behind the prompt alone, by its positions: the log-probabilities are the same.
@@ -98,6 +98,9 @@ def can_share_prompts(model: Any) -> bool:
     return model.config.model_type in FAMILIES and text._attn_implementation == "sdpa" and not has_window
 
 
-def model_width(model: Any) -> int:
-    """Width of the model's hidden states, for :func:`rollout.balance.rows_of_prompts`."""
-    return int(model.config.get_text_config().hidden_size)
+def token_cost(model: Any) -> int | None:
+    """Cost of a token outside the attention, in pairs of tokens inside it, for :mod:`rollout.balance`.
+
+    None where the model takes one sequence a row.
+    """
+    return LINEAR_COST * int(model.config.get_text_config().hidden_size) if can_share_prompts(model) else None

@@ -1,4 +1,4 @@
-"""A DeepSpeed engine of one rank: process group, configuration, optimiser step, gathering of sharded weights."""
+"""The DeepSpeed engine of one rank: process group, configuration, gradients, optimiser step, checkpoints."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import deepspeed
@@ -80,7 +81,7 @@ def join(place: Place, store: distributed.Store | None, collective_s: float) -> 
 
 
 class DeepSpeedEngine:
-    """Gradients in, weights changed. Sums gradients exactly as given: nothing is averaged behind the caller's back."""
+    """Turns losses into changed weights. Gradients are summed over micro-batches and ranks, not averaged."""
 
     def __init__(self, module: nn.Module, config: TrainerConfig, precision: Precision, place: Place) -> None:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -94,21 +95,22 @@ class DeepSpeedEngine:
         # for NaN.
         self._steps_plainly = config.zero_stage == 0 and precision == "float32"
         settings = _settings(module, config, precision, clips=not self._steps_plainly)
-        self.engine: Any = deepspeed.initialize(model=module, optimizer=optimiser, config=settings)[0]
+        self.model: Any = deepspeed.initialize(model=module, optimizer=optimiser, config=settings)[0]
+        """The model as DeepSpeed wraps it. Call it for every forward pass: under ZeRO-3 it gathers the parameters."""
 
     @property
     def module(self) -> Any:
         """The Hugging Face model; its parameters are sharded under ZeRO-3."""
-        return self.engine.module
+        return self.model.module
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a rank's part of the loss; the last part of a step also reduces it over ranks."""
         # DeepSpeed averages gradients over ranks; the loss is a sum over them.
-        self.engine.backward(loss * self._world_size, scale_wrt_gas=False)
+        self.model.backward(loss * self._world_size, scale_wrt_gas=False)
 
     def begin_micro_batch(self, *, is_last: bool) -> None:
         """Say before each forward pass whether it is the step's last."""
-        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.model.set_gradient_accumulation_boundary(is_last)
 
     def step(self, learning_rate: float) -> float | None:
         """Apply the gradients, clipped to the greatest norm allowed.
@@ -116,19 +118,19 @@ class DeepSpeedEngine:
         Returns:
             Their norm before clipping, or None where it isn't finite: then nothing has changed, on any rank.
         """
-        for group in self.engine.optimizer.param_groups:
+        for group in self.model.optimizer.param_groups:
             group["lr"] = learning_rate
         if self._steps_plainly:
             norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._max_grad_norm))
             if not math.isfinite(norm):
-                self.engine.zero_grad()
+                self.model.zero_grad()
                 return None
-            self.engine.step()
+            self.model.step()
             return norm
-        self.engine.step()
-        if self.engine.optimizer.overflow:
+        self.model.step()
+        if self.model.optimizer.overflow:
             return None
-        return float(self.engine.get_global_grad_norm())
+        return float(self.model.get_global_grad_norm())
 
     @property
     def shards_gradients(self) -> bool:
@@ -145,20 +147,39 @@ class DeepSpeedEngine:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             return [parameter.grad for parameter in self._trained if parameter.grad is not None]
-        averaged = self.engine.optimizer.averaged_gradients
+        averaged = self.model.optimizer.averaged_gradients
         return [shard for index in sorted(averaged) for shard in averaged[index]]
 
     def clear_gradients(self) -> None:
         """Start the next gradient of the same step from zero, on all ranks."""
         if self._steps_plainly:
-            self.engine.zero_grad()
+            self.model.zero_grad()
             return
-        optimiser = self.engine.optimizer
+        optimiser = self.model.optimizer
         for index in optimiser.averaged_gradients:
             optimiser.averaged_gradients[index] = None
             if hasattr(optimiser, "_release_preflattened_grad_buffers"):  # stages 1 and 2
                 optimiser._release_preflattened_grad_buffers(index)
         optimiser.zero_grad()
+
+    def save(self, folder: Path, tag: str, client_state: dict[str, Any], *, with_frozen: bool) -> None:
+        """Write weights, optimiser and `client_state`; all ranks write into the same folder.
+
+        Args:
+            with_frozen: whether frozen weights are written too.
+        """
+        self.model.save_checkpoint(
+            str(folder),
+            tag=tag,
+            client_state=client_state,
+            save_latest=False,
+            exclude_frozen_parameters=not with_frozen,
+        )
+
+    def load(self, folder: Path, tag: str, *, with_frozen: bool) -> dict[str, Any] | None:
+        """Continue from :meth:`save`. Returns its `client_state`, or None where the folder holds no such state."""
+        path, client_state = self.model.load_checkpoint(str(folder), tag=tag, load_module_strict=with_frozen)
+        return None if path is None else client_state
 
 
 def _settings(module: nn.Module, config: TrainerConfig, precision: Precision, *, clips: bool) -> dict[str, Any]:

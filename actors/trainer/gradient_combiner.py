@@ -1,4 +1,4 @@
-"""Several objectives in one optimiser step: their gradients side by side, and the one that is made of them."""
+"""Combines the gradients of several objectives into the one that an optimiser step applies."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class GradientCombiner:
         gram = gram_matrix(gradients, group=distributed.group.WORLD if is_sharded else None)
         losses = -rewards.double()
         if isinstance(self._options, FAMOOptions):
-            self._follow(losses, self._options)
+            self._update_famo(losses, self._options)
         weights = gradient_weights(self._name, GradientInputs(gram, step, losses, self._famo), self._values)
         combine(gradients, weights)
         return _described(gram, weights)
 
-    def _follow(self, losses: Tensor, options: FAMOOptions) -> None:
-        """Move FAMO's state by what the last step did to the losses, as far as this batch's show it."""
+    def _update_famo(self, losses: Tensor, options: FAMOOptions) -> None:
+        """Update FAMO's state with the change of the losses since the last step, as this batch shows it."""
         if self._famo is None:
             self._famo = FAMOState.initial(len(losses))
         if self._losses is not None:

@@ -1,89 +1,69 @@
-"""One rank of a model under training, whatever it is trained on: plans, micro-batches, optimiser steps, checkpoints.
+"""One rank of a model under training: plans, optimiser steps, metrics and checkpoints, whatever the objective.
 
 The loss is a sum over the whole optimiser batch with global denominators, so that neither the number of ranks, nor
-micro-batches, nor ZeRO change the result. Every rank sees all samples and plans the same split; media are processed
-only where they are trained on. What the loss is, the policy (trainer.py) and the critic (value_trainer.py) know.
+micro-batches, nor ZeRO change the result. Every rank sees all samples and plans the same split. No Ray here.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
-from actors.calls import PEER_REFUSED
 from actors.config import LoraConfig
-from actors.model.batches import TOKEN_FEATURES, ModelBatch, expand_prompts, model_batch
-from actors.model.shared_prompts import LINEAR_COST, can_share_prompts, model_width
+from actors.model.batches import expand_prompts
+from actors.model.shared_prompts import token_cost
 from actors.trainer.deepspeed_engine import DeepSpeedEngine, Place, join
-from actors.trainer.ranks import LearnerSpec
+from actors.trainer.micro_batch import MicroBatchMaker
+from actors.trainer.objective import Objective
+from actors.trainer.passes import Forward, Passes
+from actors.trainer.planning import Plan, Together, optimiser_batches, split_batch
+from actors.trainer.sample_checks import check_samples
 from actors.trainer.schedule import learning_rate
-from algorithms.finite import NonFiniteError
-from algorithms.policy_objective import Denominators, ObjectiveMetrics, finish_metrics
-from rollout.balance import micro_batches, padding_share, row_lengths, rows_of_prompts, split_over_ranks
-from rollout.encoding import ExpandedPrompt, PromptEncoder
-from rollout.failures import Failure, FailureError, FailureKind
+from actors.trainer.spec import LearnerSpec
+from algorithms.objective_metrics import ObjectiveMetrics
+from rollout.encoding import PromptEncoder
+from rollout.failures import PEER_REFUSED, Failure, FailureError, FailureKind
 from rollout.media import MediaStore
-from rollout.prompts import Message, Prompt, TextPart
-from rollout.samples import TrainingSample
+from rollout.samples import TokenSequence
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+AnyObjective = TypeVar("AnyObjective", bound=Objective[Any])
 STATE_TAG = "state"
 LORA_FILE = "lora.json"
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What one rank does with one optimiser batch.
+class Learner(Generic[AnyObjective]):
+    """A model under training on one rank. Every method must be called on all ranks together.
 
     Attributes:
-        samples: the whole batch.
-        groups: this rank's micro-batches: rows of indices into it; the samples of a row share its prompt.
-        rounds: micro-batches of the rank that has most; the others run fillers, so that collectives match.
-        prompts: expanded prompts of this rank's samples, by index.
-        padding_share: of all ranks' padded tokens.
+        objective: what the model learns.
+        deepspeed: the DeepSpeed engine around the model.
+        encoder: of prompts, from the model's folder.
+        applied_steps: optimiser steps so far.
     """
 
-    samples: list[TrainingSample]
-    groups: list[list[list[int]]]
-    rounds: int
-    prompts: dict[int, ExpandedPrompt]
-    padding_share: float
+    def __init__(
+        self,
+        spec: LearnerSpec,
+        place: Place,
+        store: distributed.Store | None,
+        make_objective: Callable[[PromptEncoder], AnyObjective],
+    ) -> None:
+        """Join the other ranks, and load the model.
 
-
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """A part of a plan that runs through the model at once.
-
-    Attributes:
-        indices: into the plan's samples, in the order of the batch's sequences.
-        samples: the same samples, and behind them the filler where there is one.
-        batch: their tensors, on the model's device.
-    """
-
-    indices: list[int]
-    samples: list[TrainingSample]
-    batch: ModelBatch
-
-
-PartialLoss = tuple[Tensor, ObjectiveMetrics]
-"""A micro-batch's part of a loss and of its metrics."""
-
-
-class Learner(ABC):
-    """The model under training on one rank."""
-
-    def __init__(self, spec: LearnerSpec, place: Place, store: distributed.Store | None = None) -> None:
+        Args:
+            store: rank 0's rendezvous store; the other ranks connect to it.
+            make_objective: takes the encoder of the model's folder.
+        """
         self.spec = spec
         self.place = place
         self.applied_steps = 0
@@ -93,35 +73,77 @@ class Learner(ABC):
         self.encoder = PromptEncoder.from_pretrained(
             spec.model.path, MediaStore(spec.media_folder), spec.model.trust_remote_code
         )
-        module = self._load_module()
+        self.objective = make_objective(self.encoder)
+        module = self.objective.load_module()
         if spec.trainer.gradient_checkpointing:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.engine = DeepSpeedEngine(module, spec.trainer, spec.model.precision, place)
-        self._shares_prompts = can_share_prompts(module)
-        self._filler = self.encoder.filler()
-        self._token_features = TOKEN_FEATURES & set(self._filler.features)
-        self._pad_token_id = self.encoder.tokenizer.pad_token_id or 0
-
-    @abstractmethod
-    def _load_module(self) -> Any:
-        """The model, with what isn't trained frozen."""
+        self.deepspeed = DeepSpeedEngine(module, spec.trainer, spec.model.precision, place)
+        self._token_cost = token_cost(module)
+        self._maker = MicroBatchMaker(self.encoder, zero_stage=spec.trainer.zero_stage, device=place.device)
 
     @property
     def module(self) -> Any:
         """The Hugging Face model; its parameters are sharded under ZeRO-3."""
-        return self.engine.module
+        return self.deepspeed.module
+
+    def update(self, samples: Sequence[TokenSequence]) -> dict[str, float]:
+        """One training step: `updates_per_step` optimiser steps over consecutive parts of the samples.
+
+        An optimiser step whose loss or gradient isn't finite is skipped on all ranks and counted.
+
+        Returns:
+            The objective's metrics (means over the optimiser steps that were applied, maxima of maxima), and
+            `grad_norm`, `learning_rate`, `skipped_updates`, `seconds`, all under the objective's prefix. The same on
+            every rank, but for time.
+        Raises:
+            FailureError: the samples can't be trained on; nothing has changed.
+        """
+        started = time.perf_counter()
+        metrics = self.train(self.plans(samples))
+        return metrics | {f"{self.objective.prefix}/seconds": time.perf_counter() - started}
+
+    def plans(self, samples: Sequence[TokenSequence]) -> list[Plan]:
+        """The samples checked and split over optimiser steps, ranks and micro-batches.
+
+        Raises:
+            FailureError: as :meth:`update`.
+        """
+        objective = self.objective
+        check_samples(samples, self.encoder.banned_token_ids, objective.columns)
+        parts = optimiser_batches(samples, objective.together, self.spec.trainer.updates_per_step)
+        return self._agreed(lambda: [self._plan(part, objective.together) for part in parts])
+
+    def train(self, plans: Sequence[Plan]) -> dict[str, float]:
+        """The optimiser steps of an update; its metrics as :meth:`update` gives them, without `seconds`."""
+        self.module.train()
+        reports = [report for plan in plans if (report := self._optimise(plan)) is not None]
+        metrics = _merged(reports) | {
+            "learning_rate": self._learning_rate(max(0, self.applied_steps - 1)),
+            "skipped_updates": float(len(plans) - len(reports)),
+        }
+        return {f"{self.objective.prefix}/{name}": value for name, value in metrics.items()}
+
+    def each_token(self, sequences: Sequence[TokenSequence], forward: Forward) -> dict[int, NDArray[np.float32]]:
+        """What a forward pass gives each completion token of this rank's share: [..., tokens] float32, by index.
+
+        Raises:
+            FailureError: a sequence can't be used.
+        """
+        check_samples(sequences, self.encoder.banned_token_ids)
+        return self.passes(self._agreed(lambda: self._plan(sequences, Together.SEQUENCE))).each_token(forward)
+
+    def passes(self, plan: Plan) -> Passes:
+        """Forward and backward passes over a plan."""
+        return Passes(plan, self.deepspeed, self._maker, self.applied_steps)
 
     def save(self, folder: Path) -> None:
         """Write everything the next update depends on, for :meth:`load`; all ranks write into the same folder."""
         folder.mkdir(parents=True, exist_ok=True)
         lora = self.spec.model.lora
-        self.engine.engine.save_checkpoint(
-            str(folder),
-            tag=STATE_TAG,
-            client_state=self._client_state(),
-            save_latest=False,
-            exclude_frozen_parameters=lora is not None,  # the model folder has them
-        )
+        state = {"applied_steps": self.applied_steps} | self.objective.state()
+        self.deepspeed.save(
+            folder, STATE_TAG, state, with_frozen=lora is None
+        )  # with adapters, the model folder has it
         if lora is not None and self.place.rank == 0:
             (folder / LORA_FILE).write_text(_identity(lora), encoding="utf-8")
         torch.save(_random_states(self.place), folder / f"random_{self.place.rank}.pt")
@@ -144,62 +166,37 @@ class Learner(ABC):
         if written != own:
             raise _unreadable(
                 f"{folder} was written with model.lora = {written or 'null'}, and this run has {own or 'null'}. "
-                "Resume with what wrote it."
+                "Resume with the model.lora that wrote it."
             )
-        path, client_state = self.engine.engine.load_checkpoint(
-            str(folder), tag=STATE_TAG, load_module_strict=lora is None
-        )
-        if path is None:
+        state = self.deepspeed.load(folder, STATE_TAG, with_frozen=lora is None)
+        if state is None:
             raise _unreadable(f"{folder} holds no trainer state to load.")
-        self._restore(client_state)
+        self.applied_steps = int(state["applied_steps"])
+        self.objective.restore(state)
         _restore_random_states(torch.load(random_file, weights_only=True), self.place)
-
-    def _client_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides weights, optimiser and random states."""
-        return {"applied_steps": self.applied_steps}
-
-    def _restore(self, client_state: dict[str, Any]) -> None:
-        self.applied_steps = int(client_state["applied_steps"])
-
-    @property
-    def _updates_per_step(self) -> int:
-        return self.spec.trainer.updates_per_step
 
     def _learning_rate(self, step: int) -> float:
         trainer = self.spec.trainer
         return learning_rate(step, self.spec.total_updates, trainer.learning_rate, trainer.schedule)
 
-    def _plan(self, samples: list[TrainingSample]) -> Plan:
-        rows, lengths = self._rows(samples)
-        shares = split_over_ranks(lengths, self.place.world_size)
-        groups = [micro_batches(lengths, share, self.spec.trainer.micro_batch_tokens) for share in shares]
-        own = [index for row in shares[self.place.rank] for index in rows[row]]
-        prompts = expand_prompts([samples[index] for index in own], self.encoder)
+    def _plan(self, samples: Sequence[TokenSequence], together: Together) -> Plan:
+        split = split_batch(
+            samples,
+            together=together,
+            ranks=self.place.world_size,
+            max_tokens=self.spec.trainer.micro_batch_tokens,
+            token_cost=self._token_cost,
+        )
+        own = split.ranks[self.place.rank]
+        indices = sorted(index for micro_batch in own for row in micro_batch for index in row)
+        prompts = expand_prompts([samples[index] for index in indices], self.encoder)
         return Plan(
             samples,
-            [[rows[row] for row in group] for group in groups[self.place.rank]],
-            rounds=max(map(len, groups)),
-            prompts=dict(zip(own, prompts, strict=True)),
-            padding_share=padding_share(lengths, [group for rank in groups for group in rank]),
+            own,
+            rounds=max(map(len, split.ranks)),
+            prompts=dict(zip(indices, prompts, strict=True)),
+            padding_share=split.padding_share,
         )
-
-    def _rows(self, samples: list[TrainingSample]) -> tuple[list[list[int]], list[int]]:
-        """Rows of samples that share a prompt, and their lengths; the same on every rank."""
-        bound = self.spec.trainer.micro_batch_tokens
-        prompt_lengths = [len(sample.prompt_token_ids) for sample in samples]
-        completion_lengths = [len(sample.token_ids) for sample in samples]
-        rows = [[index] for index in range(len(samples))]
-        if self._shares_prompts:
-            # Rows are what ranks and micro-batches are made of: long ones would balance badly.
-            fair = sum(sample.total_tokens for sample in samples) // (2 * self.place.world_size)
-            rows = rows_of_prompts(
-                [sample.prompt.prompt_id for sample in samples],
-                prompt_lengths,
-                completion_lengths,
-                max_tokens=min(bound, fair),
-                token_cost=LINEAR_COST * model_width(self.module),
-            )
-        return rows, row_lengths(rows, prompt_lengths, completion_lengths)
 
     def _agreed(self, action: Callable[[], T]) -> T:
         """Run what may fail on one rank only, and fail on all, so that none waits for another in a collective."""
@@ -216,110 +213,32 @@ class Learner(ABC):
             raise FailureError(Failure(FailureKind.BUG, PEER_REFUSED, "another trainer rank refused the samples"))
         return result
 
-    def _optimise(self, plan: Plan, loss: Callable[[MicroBatch, Denominators], PartialLoss]) -> dict[str, float] | None:
+    def _optimise(self, plan: Plan) -> dict[str, float] | None:
         """One optimiser step; its metrics, or None where it was skipped."""
-        denominators = self._denominators(plan)
-        if denominators is None:
+        batch = self.objective.prepare(plan.samples)
+        if batch is None:
+            logger.warning("optimiser step skipped: its %d samples have nothing to learn from", len(plan.samples))
             return None
-        parts = self._backward(plan, lambda micro_batch: loss(micro_batch, denominators))
-        return self._step(parts, plan.rounds)
-
-    def _denominators(self, plan: Plan) -> Denominators | None:
-        """Sizes of the optimiser batch; None where it has no trained token, so that there is no step to make."""
-        tokens = sum(int(sample.loss_mask.sum()) for sample in plan.samples)
-        if tokens == 0:
-            logger.warning("optimiser step skipped: none of its %d samples has a trained token", len(plan.samples))
-            return None
-        return Denominators(tokens, sum(bool(sample.loss_mask.any()) for sample in plan.samples))
-
-    def _backward(self, plan: Plan, loss: Callable[[MicroBatch], PartialLoss]) -> list[ObjectiveMetrics]:
-        """Gradients of a loss over all micro-batches; the metrics of those whose loss was finite."""
-        parts = []
-        for turn in range(plan.rounds):
-            self.engine.begin_micro_batch(is_last=turn == plan.rounds - 1)
-            value, metrics = self._finite(turn, loss, self._micro_batch(plan, turn))
-            self.engine.backward(value)
-            if metrics is not None:
-                parts.append(metrics)
-        return parts
-
-    def _finite(
-        self, turn: int, loss: Callable[[MicroBatch], PartialLoss], micro_batch: MicroBatch
-    ) -> tuple[Tensor, ObjectiveMetrics | None]:
-        """A micro-batch's part of the loss. NaN, without metrics, where the model's output isn't finite."""
-        try:
-            return loss(micro_batch)
-        except UnusableOutputError as error:
-            logger.warning("rank %d, micro-batch %d: %s", self.place.rank, turn, error)
-            # NaN gradients spread to every rank in the reduction, so that all skip the step together.
-            return error.outputs.sum() * math.nan, None
-
-    def _step(self, parts: list[ObjectiveMetrics], rounds: int) -> dict[str, float] | None:
-        """Apply the gradients; the step's metrics, or None where something in it wasn't finite."""
-        norm = self.engine.step(self._learning_rate(self.applied_steps))
-        report = self._reduced(parts, complete=len(parts) == rounds)
-        if norm is None or report is None:
+        parts, described = self.objective.gradient(self.passes(plan), batch)
+        norm = self.deepspeed.step(self._learning_rate(self.applied_steps))
+        totals = self._totals(parts, is_complete=len(parts) == plan.rounds)
+        if norm is None or totals is None:
             logger.warning("optimiser step skipped: its loss or gradient isn't finite")
             return None
         self.applied_steps += 1
-        return report | {"grad_norm": norm}
+        return self.objective.after_step(*totals) | described | {"grad_norm": norm}
 
-    def _each_token(self, plan: Plan, forward: Callable[[MicroBatch], Tensor]) -> dict[int, NDArray[np.float32]]:
-        """What a forward pass gives each completion token, by index of this rank's samples.
-
-        Args:
-            forward: returns [..., B, T].
-        Returns:
-            [..., tokens] float32 by index.
-        """
-        self.module.eval()
-        result: dict[int, NDArray[np.float32]] = {}
-        with torch.no_grad():
-            for turn in range(plan.rounds):
-                micro_batch = self._micro_batch(plan, turn)
-                values = forward(micro_batch).float().cpu().numpy()
-                for place, index in enumerate(micro_batch.indices):
-                    result[index] = values[..., place, : len(micro_batch.samples[place].token_ids)].copy()
-        return result
-
-    def _micro_batch(self, plan: Plan, turn: int) -> MicroBatch:
-        """Samples and tensors of a micro-batch: this rank's next group, or a filler of zero weight."""
-        group = plan.groups[turn] if turn < len(plan.groups) else []
-        indices = [index for row in group for index in row]
-        samples = [plan.samples[index] for index in indices]
-        prompts = [plan.prompts[index] for index in indices]
-        rows = [number for number, row in enumerate(group) for _ in row]
-        if not group or self._lacks_media(prompts):
-            samples.append(_filler_sample(self._filler, self.encoder.stop_token_ids, like=plan.samples[0]))
-            prompts.append(self._filler)
-            rows.append(len(group))
-        batch = model_batch(
-            prompts,
-            [sample.token_ids for sample in samples],
-            pad_token_id=self._pad_token_id,
-            token_features=self._token_features,
-            rows=rows,
-        )
-        return MicroBatch(indices, samples, batch.to(self.place.device))
-
-    def _lacks_media(self, prompts: Iterable[ExpandedPrompt]) -> bool:
-        """Whether the vision tower would be left out, which ZeRO 2 and 3 can't bear when another rank runs it."""
-        return (
-            self.spec.trainer.zero_stage >= 2
-            and bool(self._filler.features)
-            and not any(prompt.features for prompt in prompts)
-        )
-
-    def _reduced(self, parts: list[ObjectiveMetrics], *, complete: bool) -> dict[str, float] | None:
-        """Parts added up over micro-batches and ranks; None where a rank has none because of NaN."""
-        is_complete = torch.tensor([complete], dtype=torch.int32, device=self.place.device)
-        distributed.all_reduce(is_complete, op=distributed.ReduceOp.MIN)
-        if not is_complete.item():
+    def _totals(
+        self, parts: Sequence[ObjectiveMetrics], *, is_complete: bool
+    ) -> tuple[dict[str, float], dict[str, float]] | None:
+        """Sums and maxima over micro-batches and ranks; None where a rank's parts aren't complete."""
+        complete = torch.tensor([is_complete], dtype=torch.int32, device=self.place.device)
+        distributed.all_reduce(complete, op=distributed.ReduceOp.MIN)
+        if not complete.item():
             return None
         sums = {name: sum(float(part.sums[name]) for part in parts) for name in parts[0].sums}
         maxima = {name: max(float(part.maxima[name]) for part in parts) for name in parts[0].maxima}
-        sums = self._over_ranks(sums, distributed.ReduceOp.SUM)
-        return finish_metrics(sums, self._over_ranks(maxima, distributed.ReduceOp.MAX))
+        return self._over_ranks(sums, distributed.ReduceOp.SUM), self._over_ranks(maxima, distributed.ReduceOp.MAX)
 
     def _over_ranks(self, values: dict[str, float], op: Any) -> dict[str, float]:
         names = sorted(values)
@@ -328,36 +247,7 @@ class Learner(ABC):
         return dict(zip(names, tensor.tolist(), strict=True))
 
 
-class UnusableOutputError(Exception):
-    """The model's output isn't finite.
-
-    Attributes:
-        outputs: float, carrying the graph: every rank must run its backward pass.
-    """
-
-    def __init__(self, outputs: Tensor, error: NonFiniteError) -> None:
-        super().__init__(str(error))
-        self.outputs = outputs
-
-
-def _filler_sample(filler: ExpandedPrompt, stop_token_ids: Sequence[int], like: TrainingSample) -> TrainingSample:
-    """One untrained token behind the filler prompt, with the same optional columns as the batch it joins."""
-    zero = np.zeros(1, np.float32)
-    return TrainingSample(
-        prompt=Prompt((Message("user", (TextPart("."),)),)),
-        prompt_token_ids=filler.token_ids,
-        token_ids=np.array(stop_token_ids[:1] or [0], np.int32),
-        loss_mask=np.zeros(1, np.bool_),
-        advantages=zero,
-        behaviour_log_probs=zero,
-        policy_versions=np.zeros(1, np.int32),
-        reference_log_probs=None if like.reference_log_probs is None else zero,
-        reference_hidden=None if like.reference_hidden is None else np.zeros_like(like.reference_hidden[:1]),
-        proximal_log_probs=None if like.proximal_log_probs is None else zero,
-    )
-
-
-def merged_reports(reports: list[dict[str, float]]) -> dict[str, float]:
+def _merged(reports: Sequence[dict[str, float]]) -> dict[str, float]:
     """Metrics of several optimiser steps: the mean, or the maximum of what is a maximum."""
     if not reports:
         return {}

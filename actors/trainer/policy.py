@@ -1,9 +1,8 @@
-"""The policy under training as Ray actors, one a rank, and the driver's side of them. Imports no torch."""
+"""The policy under training as Ray actors, one a rank, and the group that the driver calls. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,36 +10,18 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from actors.config import WeightsConfig
-from actors.trainer.ranks import LearnerSpec, Rank, RankGroup
+from actors.trainer.ranks import Rank, RankGroup
+from actors.trainer.spec import PolicySpec
 from actors.weights.canary import TOLERANCE_NATS, Canaries, CanarySequence
 from actors.weights.offer import WeightsOffer
 from actors.weights.push.port import GeneratorPort
-from algorithms.config import AlgorithmConfig
 from rollout.prompts import Prompt
-from rollout.samples import TrainingSample
+from rollout.samples import TokenSequence
 
 if TYPE_CHECKING:
     from actors.weights.push.recipients import PushReport
 
 LOOPBACK = "127.0.0.1"
-
-
-@dataclass(frozen=True)
-class PolicySpec(LearnerSpec):
-    """Everything a rank of the policy trainer is made from; further attributes as :class:`LearnerSpec`.
-
-    Attributes:
-        algorithm: the loss.
-        temperature: of sampling; log-probabilities are of the tempered distribution.
-        reference: the reference's folder, whose output head the exact KL needs; None takes the model's own.
-        weights: how new versions are handed to the generators.
-    """
-
-    algorithm: AlgorithmConfig
-    temperature: float
-    reference: Path | None = None
-    weights: WeightsConfig = field(default_factory=WeightsConfig)
 
 
 class PolicyRank(Rank):
@@ -54,30 +35,30 @@ class PolicyRank(Rank):
         self.sender: Any = None
         self.has_published = False
 
-    def learner_class(self) -> type:
-        """The policy trainer."""
-        from actors.trainer.policy_trainer import PolicyTrainer
+    def learner_maker(self) -> Callable[[Any, Any, Any], Any]:
+        """See :class:`actors.trainer.policy_learner.PolicyLearner`."""
+        from actors.trainer.policy_learner import PolicyLearner
 
-        return PolicyTrainer
+        return PolicyLearner
 
     @property
     def module(self) -> Any:
         """The Hugging Face model; its parameters are sharded under ZeRO-3."""
         return self.learner.module
 
-    def update(self, samples: list[TrainingSample], kl_coefficient: float) -> dict[str, float]:
-        """See :meth:`actors.trainer.policy_trainer.PolicyTrainer.update`."""
+    def update(self, samples: Sequence[TokenSequence], kl_coefficient: float) -> dict[str, float]:
+        """See :meth:`actors.trainer.policy_learner.PolicyLearner.update`."""
         metrics: dict[str, float] = self.learner.update(samples, kl_coefficient)
         return metrics
 
-    def log_probs(self, samples: list[TrainingSample]) -> dict[int, NDArray[np.float32]]:
-        """See :meth:`actors.trainer.policy_trainer.PolicyTrainer.log_probs`."""
-        log_probs: dict[int, NDArray[np.float32]] = self.learner.log_probs(samples)
+    def log_probs(self, sequences: Sequence[TokenSequence]) -> dict[int, NDArray[np.float32]]:
+        """See :meth:`actors.trainer.policy_learner.PolicyLearner.log_probs`."""
+        log_probs: dict[int, NDArray[np.float32]] = self.learner.log_probs(sequences)
         return log_probs
 
-    def log_probs_and_collision(self, samples: list[TrainingSample]) -> dict[int, NDArray[np.float32]]:
-        """See :meth:`actors.trainer.policy_trainer.PolicyTrainer.log_probs_and_collision`."""
-        values: dict[int, NDArray[np.float32]] = self.learner.log_probs_and_collision(samples)
+    def log_probs_and_collision(self, sequences: Sequence[TokenSequence]) -> dict[int, NDArray[np.float32]]:
+        """See :meth:`actors.trainer.policy_learner.PolicyLearner.log_probs_and_collision`."""
+        values: dict[int, NDArray[np.float32]] = self.learner.log_probs_and_collision(sequences)
         return values
 
     def publish(self, version: int) -> WeightsOffer | None:
@@ -105,7 +86,7 @@ class PolicyRank(Rank):
         return offer
 
     def push(self, version: int, ports: list[GeneratorPort]) -> PushReport | None:
-        """Send the weights as they are now into the engines of generators. Rank 0 reports, the others return None."""
+        """Send the current weights into the generators' vLLM engines. Rank 0 reports; the others return None."""
         import torch
 
         from actors.weights.push.sender import DeviceSender, PushSettings
@@ -126,12 +107,12 @@ class PolicyRank(Rank):
         return report
 
     def canaries(self, prompts: list[Prompt]) -> dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]]:
-        """See :meth:`actors.trainer.policy_trainer.PolicyTrainer.canaries`."""
+        """See :meth:`actors.trainer.policy_learner.PolicyLearner.canaries`."""
         found: dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]] = self.learner.canaries(prompts)
         return found
 
     def unpublished(self) -> list[str]:
-        """Tensors whose weights aren't what was published last, by name; rank 0 finds out, all ranks call."""
+        """Names of tensors that differ from what was published last; rank 0 finds out, all ranks call."""
         from actors.weights.pull.publisher import read_on_other_ranks
         from actors.weights.pull.writer import PublishedComparison
 
@@ -145,7 +126,7 @@ class PolicyRank(Rank):
         return comparison.different
 
     def export(self, folder: Path) -> None:
-        """See :meth:`actors.trainer.policy_trainer.PolicyTrainer.export`."""
+        """See :meth:`actors.trainer.policy_learner.PolicyLearner.export`."""
         self.learner.export(folder)
 
 
@@ -155,7 +136,7 @@ class PolicyGroup(RankGroup):
     role = "policy"
     rank_class = PolicyRank
 
-    async def update(self, samples: list[TrainingSample], kl_coefficient: float) -> dict[str, float]:
+    async def update(self, samples: Sequence[TokenSequence], kl_coefficient: float) -> dict[str, float]:
         """One training step on all ranks; metrics under `train/`, as :meth:`PolicyRank.update` gives them."""
         samples_ref = ray.put(samples)
         metrics: list[dict[str, float]] = await self._all(
@@ -163,13 +144,13 @@ class PolicyGroup(RankGroup):
         )
         return metrics[0]
 
-    async def log_probs(self, samples: list[TrainingSample]) -> list[NDArray[np.float32]]:
-        """The policy's log-probabilities of the samples' completions, [tokens] float32 each, nats."""
-        return await self._by_sample("log_probs", "compute log-probabilities", samples)
+    async def log_probs(self, sequences: Sequence[TokenSequence]) -> list[NDArray[np.float32]]:
+        """The policy's log-probabilities of the completions, [tokens] float32 each, nats."""
+        return await self._by_sample("log_probs", "compute log-probabilities", sequences)
 
-    async def log_probs_and_collision(self, samples: list[TrainingSample]) -> list[NDArray[np.float32]]:
+    async def log_probs_and_collision(self, sequences: Sequence[TokenSequence]) -> list[NDArray[np.float32]]:
         """The same and, as a second row, the sum of squared probabilities at each token: [2, tokens] float32 each."""
-        return await self._by_sample("log_probs_and_collision", "compute log-probabilities", samples)
+        return await self._by_sample("log_probs_and_collision", "compute log-probabilities", sequences)
 
     async def publish(self, version: int) -> WeightsOffer:
         """Serve the weights as they are now, as this policy version, until the generators have it or a later one."""
@@ -178,7 +159,7 @@ class PolicyGroup(RankGroup):
         return offer
 
     async def push(self, version: int, ports: Sequence[GeneratorPort]) -> PushReport:
-        """Send the weights as they are now, already published as this version, into generators' engines."""
+        """Send the weights as they are now, already published as this version, into the generators' vLLM engines."""
         what = f"push version {version}"
         reports = await self._all("push", what, 2 * self.spec.deadlines.sync_s, version, list(ports))
         report: PushReport = reports[0]
@@ -194,7 +175,7 @@ class PolicyGroup(RankGroup):
         return Canaries(version, tuple(sequences), tolerance)
 
     async def unpublished(self) -> list[str]:
-        """Tensors whose weights aren't what was published last, by name: empty unless something is wrong."""
+        """Names of tensors that differ from what was published last; empty unless something is wrong."""
         found = await self._all("unpublished", "compare its weights", self.spec.deadlines.update_s)
         names: list[str] = found[0]
         return names

@@ -1,4 +1,4 @@
-"""Data-parallel ranks of a model under training as Ray actors, and the driver's side of them. Imports no torch.
+"""Data-parallel ranks of a model under training as Ray actors, and the group that the driver calls. Imports no torch.
 
 The policy (policy.py) and the critic (critic.py) are such groups.
 """
@@ -8,36 +8,14 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import ray
 
 from actors.calls import ActorResources, gather
-from actors.config import DeadlineConfig, ModelConfig, TrainerConfig
-
-
-@dataclass(frozen=True)
-class LearnerSpec:
-    """Everything a rank of a model under training is made from.
-
-    Attributes:
-        model: where it starts from, precision and what is frozen.
-        trainer: optimiser, schedule, ranks and micro-batches.
-        deadlines: of calls and collectives.
-        media_folder: the media store, on a file system that every rank's node sees.
-        seed: of dropout, if the model has any.
-        total_updates: optimiser steps of the whole run, for the schedule.
-    """
-
-    model: ModelConfig
-    trainer: TrainerConfig
-    deadlines: DeadlineConfig
-    media_folder: Path
-    seed: int
-    total_updates: int
+from actors.trainer.spec import LearnerSpec
 
 
 class Rank(ABC):
@@ -49,15 +27,15 @@ class Rank(ABC):
         self.device: Any = device
         self.store: Any = None
         self.learner: Any = None
-        """The :class:`actors.trainer.learner.Learner`, once joined."""
+        """What :meth:`learner_maker` made, once joined."""
 
     @abstractmethod
-    def learner_class(self) -> type:
-        """The learner; imports the engine."""
+    def learner_maker(self) -> Callable[[Any, Any, Any], Any]:
+        """Imports DeepSpeed. Returns what makes the learner of a spec, a place and a rendezvous store."""
 
     def prepare(self) -> tuple[str, int]:
-        """Import the engine; rank 0 also opens the rendezvous store. Returns the node's address and the port."""
-        self.learner_class()  # heavy: all ranks import side by side
+        """Import DeepSpeed; rank 0 also opens the rendezvous store. Returns the node's address and the port."""
+        self.learner_maker()  # heavy: all ranks import side by side
         from actors.trainer.deepspeed_engine import open_store
 
         if self.rank:
@@ -70,7 +48,7 @@ class Rank(ABC):
         from actors.trainer.deepspeed_engine import Place
 
         place = Place(self.rank, self.spec.trainer.ranks, self.device, address, port)
-        self.learner = self.learner_class()(self.spec, place, self.store)
+        self.learner = self.learner_maker()(self.spec, place, self.store)
 
     def save(self, folder: Path) -> None:
         """See :meth:`actors.trainer.learner.Learner.save`."""

@@ -220,7 +220,8 @@ def share(role: RoleResources) -> ActorResources:
 
 async def start_policy(config: Config, media_folder: Path) -> PolicyGroup:
     """The trainer's ranks."""
-    from actors.trainer.policy import PolicyGroup, PolicySpec
+    from actors.trainer.policy import PolicyGroup
+    from actors.trainer.spec import PolicySpec
 
     spec = PolicySpec(
         model=config.model,
@@ -241,7 +242,8 @@ async def start_critic(config: Config, media_folder: Path) -> CriticGroup | None
     """The critic's ranks; None where the advantage estimator needs no values."""
     if not has_critic(config):
         return None
-    from actors.trainer.critic import CriticGroup, CriticSpec
+    from actors.trainer.critic import CriticGroup
+    from actors.trainer.spec import CriticSpec
 
     spec = CriticSpec(
         # all of a critic's body learns, whatever the policy's adapters

@@ -17,6 +17,7 @@ from actors.reference_pool import ReferencePool, ReferenceServer, ReferenceSpec
 from algorithms.finite import NonFiniteError
 from rollout.failures import FailureError, FailureKind
 from tests.actors.trainer.plain_update import PlainTrainer
+from tests.actors.trainer.sequences import plain
 from tests.actors.training_samples import make_samples
 from tests.tiny_model import build_tiny_vlm
 
@@ -77,6 +78,18 @@ def server_of(folder: Path, **model_settings: Any) -> ReferenceServer:
         media_folder=folder / "media",
     )
     return ReferenceServer(spec, "cpu")
+
+
+def test_sequences_without_columns_give_what_training_samples_give(tmp_path: Path) -> None:
+    samples = make_samples(build_tiny_vlm(tmp_path / "model"), tmp_path / "media", 4)
+    sequences = [plain(sample) for sample in samples]
+    server = server_of(tmp_path, precision="float32")
+    for found, expected in (
+        (server.log_probs(sequences), server.log_probs(samples)),
+        (server.hidden_states(sequences), server.hidden_states(samples)),
+    ):
+        for row, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(row, other)
 
 
 def test_hidden_states_in_bfloat16_travel_in_half_the_room_and_come_back_as_they_were(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from algorithms.aggregation import Denominators
 from algorithms.config import AlgorithmConfig, CorrectionConfig
 from algorithms.estimation import estimate_advantages
 from algorithms.inputs import AdvantageInputs, BatchTokens
-from algorithms.policy_objective import TokenBatch, policy_objective
 from algorithms.registry import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, Need, incompatibility
+from algorithms.total_loss import TokenBatch, total_loss
 from algorithms.values import lambda_returns, value_loss
 
 SAMPLES = 64
@@ -218,7 +218,7 @@ def trained(task: Task, loss: str, estimators: list[str], batches: int, seed: in
             current = torch.cat([rollouts.log_probs(table) for rollouts, table in zip(drawn, logits, strict=True)])
             # The denominators of one policy's batch: the others learn beside it, not with it.
             denominators = Denominators(SAMPLES * task.length, SAMPLES)
-            value, _ = policy_objective(current, None, batch, config_of(estimators[0], loss), denominators, 0.0)
+            value, _ = total_loss(current, None, batch, config_of(estimators[0], loss), denominators, 0.0)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()

@@ -13,8 +13,8 @@ from algorithms.aggregation import Denominators, count
 from algorithms.config import AlgorithmConfig, CorrectionConfig
 from algorithms.finite import NonFiniteError
 from algorithms.inputs import BatchTokens, LossInputs
-from algorithms.policy_objective import TokenBatch, policy_objective
 from algorithms.registry import POLICY_LOSSES
+from algorithms.total_loss import TokenBatch, total_loss
 
 LOSSES = sorted(
     name for name in POLICY_LOSSES if POLICY_LOSSES.get(name).function.__module__.startswith("algorithms.losses")
@@ -68,7 +68,7 @@ def rows_of(batch: TokenBatch, index: Tensor | slice) -> TokenBatch:
 
 
 def gradient(name: str, log_probs: Tensor, batch: TokenBatch, aggregation: str = "token_mean") -> tuple[float, Tensor]:
-    loss, _ = policy_objective(
+    loss, _ = total_loss(
         log_probs, None, batch, config_of(name, aggregation), Denominators(*count(batch.mask)), kl_coefficient=0.0
     )
     return float(loss.detach()), torch.autograd.grad(loss, log_probs)[0]
@@ -82,9 +82,7 @@ def test_micro_batches_add_up_to_the_whole(name: str, aggregation: str) -> None:
     whole, expected = gradient(name, log_probs, batch, aggregation)
     denominators = Denominators(*count(batch.mask))
     parts = [
-        policy_objective(log_probs[rows], None, rows_of(batch, rows), config_of(name, aggregation), denominators, 0.0)[
-            0
-        ]
+        total_loss(log_probs[rows], None, rows_of(batch, rows), config_of(name, aggregation), denominators, 0.0)[0]
         for rows in (slice(0, 1), slice(1, 4), slice(4, 6))
     ]
     total = torch.stack(parts).sum()

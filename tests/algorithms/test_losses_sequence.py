@@ -17,7 +17,7 @@ from algorithms.losses_sequence import (
     mean_log_ratio,
     topr,
 )
-from algorithms.policy_objective import TokenBatch, policy_objective
+from algorithms.total_loss import TokenBatch, total_loss
 
 WIDE = GspoOptions(low=0.5, high=3.0)
 
@@ -142,5 +142,5 @@ def test_sequence_mean_of_gspo_is_the_mean_over_sequences_of_the_paper() -> None
         correction=CorrectionConfig(method="none"),
     )
     batch = TokenBatch(given.mask, given.advantages, given.behaviour_log_probs, given.proximal_log_probs)
-    loss, _ = policy_objective(given.log_probs, None, batch, config, Denominators(3, 2), 0.0)
+    loss, _ = total_loss(given.log_probs, None, batch, config, Denominators(3, 2), 0.0)
     assert float(loss.detach()) == pytest.approx(-2.75)

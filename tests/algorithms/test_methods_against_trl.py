@@ -30,10 +30,10 @@ from algorithms import choices  # noqa: F401  registers the built-in methods
 from algorithms.aggregation import Denominators, count
 from algorithms.config import AlgorithmConfig, CorrectionConfig, KLConfig
 from algorithms.log_probs import statistics_of_logits
-from algorithms.policy_objective import TokenBatch, policy_objective
 from algorithms.preferences.inputs import AnswerLogProbs, PreferenceInputs
 from algorithms.preferences.text import preference_outcome
 from algorithms.shaping import ShapingInputs, shape_rewards
+from algorithms.total_loss import TokenBatch, total_loss
 
 trainers = pytest.importorskip("trl.trainer.grpo_trainer", exc_type=ImportError)
 geometric = pytest.importorskip("trl.experimental.gmpo", exc_type=ImportError)
@@ -84,7 +84,7 @@ def make_rows(seed: int, *, is_by_sequence: bool = False, spread: float = 0.5, e
 def our_loss(rows: Rows, **settings: Any) -> Tensor:
     config = AlgorithmConfig(correction=CorrectionConfig(method="none"), **settings)
     sizes = Denominators(*map(float, count(rows.batch.mask)))
-    loss, _ = policy_objective(rows.log_probs, rows.entropy, rows.batch, config, sizes, config.kl.coefficient)
+    loss, _ = total_loss(rows.log_probs, rows.entropy, rows.batch, config, sizes, config.kl.coefficient)
     return loss
 
 

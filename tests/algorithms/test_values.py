@@ -89,7 +89,7 @@ def test_padding_and_what_stands_there_change_nothing(shape: tuple[int, int], cl
 
 def test_a_bound_that_lets_nothing_move_is_refused() -> None:
     one = torch.ones(1, 1)
-    with pytest.raises(ValueError, match=r"clip = 0 would let no value move"):
+    with pytest.raises(ValueError, match=r"clip = 0 keeps every value where it is"):
         value_loss(one, one, one, one.bool(), clip=0.0)
 
 

@@ -23,15 +23,15 @@ from torch import Tensor
 from actors.config import DeadlineConfig, GeneratorConfig, LoraConfig, ModelConfig
 from actors.generator.spec import GeneratorSpec
 from actors.generator.vllm_engine import end_processes, engine_args, engine_environment, engine_processes
-from actors.model.forward import load_model
+from actors.model.loading import load_model
 from actors.model.lora import (
     adapter_config,
     adapter_parameters,
-    adapter_tensors,
     add_adapters,
     write_adapter_folder,
     write_empty_adapter,
 )
+from actors.trainer.policy_weights import adapter_tensors
 from rollout.encoding import PromptEncoder
 from rollout.media import MediaStore
 from rollout.prompts import MediaPart, Message, Prompt, TextPart

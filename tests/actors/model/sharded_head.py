@@ -16,7 +16,8 @@ from torch import Tensor, distributed
 
 from actors.config import ModelConfig, TrainerConfig
 from actors.model.batches import ModelBatch, model_batch
-from actors.model.forward import completion_log_probs, load_model
+from actors.model.forward import completion_log_probs
+from actors.model.loading import load_model
 from actors.trainer.deepspeed_engine import DeepSpeedEngine, Place, join
 from rollout.encoding import ExpandedPrompt
 
@@ -39,12 +40,12 @@ def gradients(folder: Path, place: Place, budget_bytes: int) -> dict[str, Tensor
     engine = DeepSpeedEngine(load_model(ModelConfig(path=folder, precision="float32")), trainer, "float32", place)
     batch = batch_of(place.rank)
     with torch.no_grad():
-        completion_log_probs(engine.engine, batch, temperature=0.9, budget_bytes=budget_bytes)
+        completion_log_probs(engine.model, batch, temperature=0.9, budget_bytes=budget_bytes)
     result: dict[str, Tensor] = {}
     for is_last in (False, True):
         engine.begin_micro_batch(is_last=is_last)
         found = completion_log_probs(
-            engine.engine, batch, temperature=0.9, banned_token_ids=(5,), with_entropy=True, budget_bytes=budget_bytes
+            engine.model, batch, temperature=0.9, banned_token_ids=(5,), with_entropy=True, budget_bytes=budget_bytes
         )
         weights = torch.linspace(-1, 2, found.log_probs.shape[1])
         engine.backward((found.log_probs * weights).sum())

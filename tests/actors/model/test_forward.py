@@ -25,7 +25,8 @@ from transformers import (
 
 from actors.config import FreezeConfig, ModelConfig, ScheduleConfig
 from actors.model.batches import ModelBatch, model_batch
-from actors.model.forward import completion_log_probs, freeze, load_model
+from actors.model.forward import completion_log_probs
+from actors.model.loading import freeze, load_model
 from actors.trainer.deepspeed_engine import open_store
 from actors.trainer.schedule import learning_rate
 from rollout.encoding import ExpandedPrompt

@@ -20,26 +20,23 @@ from torch import Tensor, nn
 
 from actors.config import DeadlineConfig, FreezeConfig, LoraConfig, ModelConfig, ReferenceConfig, TrainerConfig
 from actors.model.batches import ModelBatch, model_batch
-from actors.model.forward import completion_hidden_states, completion_log_probs, load_model
+from actors.model.forward import completion_hidden_states, completion_log_probs
+from actors.model.loading import load_model
 from actors.model.lora import (
     WEIGHTS_FILE,
     adapter_config,
     adapter_parameters,
-    adapter_tensors,
     adapters,
     add_adapters,
-    base_tensors,
-    merged_tensors,
-    plain_tensors,
     write_adapter_folder,
     write_empty_adapter,
 )
 from actors.model.output_head import ReferenceOutputs
 from actors.model.reference_head import load_output_head
 from actors.reference_pool import ReferenceServer, ReferenceSpec
-from actors.trainer.critic import CriticSpec
-from actors.trainer.policy import PolicySpec
-from actors.trainer.value_trainer import load_value_model
+from actors.trainer.policy_weights import adapter_tensors, base_tensors, merged_tensors, plain_tensors
+from actors.trainer.spec import CriticSpec, PolicySpec
+from actors.trainer.value_objective import load_value_model
 from algorithms.config import AlgorithmConfig, KLConfig
 from rollout.encoding import ExpandedPrompt
 from rollout.samples import TrainingSample

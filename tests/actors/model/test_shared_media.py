@@ -11,7 +11,8 @@ from PIL import Image
 
 from actors.config import ModelConfig
 from actors.model.batches import model_batch
-from actors.model.forward import completion_log_probs, load_model
+from actors.model.forward import completion_log_probs
+from actors.model.loading import load_model
 from actors.model.shared_media import SharedImages
 from rollout.encoding import ExpandedPrompt, PromptEncoder
 from rollout.media import MediaStore

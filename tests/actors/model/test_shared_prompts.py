@@ -14,7 +14,8 @@ from transformers import AutoModelForImageTextToText as AutoVision
 
 from actors.config import ModelConfig
 from actors.model.batches import model_batch
-from actors.model.forward import completion_log_probs, load_model
+from actors.model.forward import completion_log_probs
+from actors.model.loading import load_model
 from actors.model.shared_prompts import FAMILIES, can_share_prompts, row_layout
 from rollout.encoding import ExpandedPrompt, PromptEncoder
 from rollout.media import MediaStore

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from actors.config import LoraConfig
-from actors.trainer.policy import PolicySpec
+from actors.trainer.spec import PolicySpec
 from rollout.failures import FailureError
 from rollout.samples import TrainingSample
 
@@ -79,16 +79,16 @@ def run_ranks(task: Task) -> list[Outcome]:
 
 
 def main() -> None:
-    from actors.model.lora import adapter_tensors, base_tensors, merged_tensors
     from actors.trainer.deepspeed_engine import Place
-    from actors.trainer.policy_trainer import PolicyTrainer
+    from actors.trainer.policy_learner import PolicyLearner
+    from actors.trainer.policy_weights import adapter_tensors, base_tensors, merged_tensors
     from actors.weights.source import SourceTensor, gathered
 
     path, port, rank, out = sys.argv[1:]
     task: Task = pickle.loads(Path(path).read_bytes())
     count = task.spec.trainer.ranks
     store = distributed.TCPStore("127.0.0.1", int(port), count, is_master=False, timeout=timedelta(seconds=120))
-    trainer = PolicyTrainer(task.spec, Place(int(rank), count, "cpu", "127.0.0.1", int(port)), store)
+    trainer = PolicyLearner(task.spec, Place(int(rank), count, "cpu", "127.0.0.1", int(port)), store)
 
     def whole(tensors: list[SourceTensor]) -> dict[str, Tensor]:
         found = {}
@@ -116,12 +116,12 @@ def main() -> None:
         second = adapters()
         trainer.export(task.folder / "export")
         other = task.spec.model.model_copy(update={"lora": LoraConfig(rank=3)})
-        trainer.spec = replace(task.spec, model=other)
+        trainer.learner.spec = replace(task.spec, model=other)
         try:
             trainer.load(state)
         except FailureError as error:
             refusal = error.failure.message
-        trainer.spec = task.spec
+        trainer.learner.spec = task.spec
         trainer.load(state)
         trainer.update(task.samples, KL_COEFFICIENT)
         resumed = adapters()

@@ -1,4 +1,4 @@
-"""The update written out by hand in plain PyTorch, one sequence at a time: what every engine has to agree with."""
+"""The update written out by hand in plain PyTorch, one sequence at a time: what DeepSpeed must agree with."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from actors.config import DeadlineConfig, ModelConfig, TrainerConfig
-from actors.trainer.critic import CriticGroup, CriticSpec
+from actors.trainer.critic import CriticGroup
+from actors.trainer.spec import CriticSpec
 from rollout.encoding import PromptEncoder
 from rollout.media import MediaStore
 from rollout.samples import TrainingSample

@@ -26,12 +26,15 @@ from transformers import (
 )
 
 from actors.config import DeadlineConfig, ModelConfig, ReferenceConfig, TrainerConfig
-from actors.model.batches import ModelBatch, check_hidden_states, check_samples, model_batch
-from actors.model.forward import completion_hidden_states, completion_log_probs, load_model
+from actors.model.batches import ModelBatch, model_batch
+from actors.model.forward import completion_hidden_states, completion_log_probs
+from actors.model.loading import load_model
 from actors.model.output_head import OutputHead, ReferenceOutputs, expected_transform
 from actors.model.reference_head import INDEX, SINGLE, load_output_head
 from actors.reference_pool import ReferencePool, ReferenceSpec
-from actors.trainer.policy import PolicyGroup, PolicySpec
+from actors.trainer.policy import PolicyGroup
+from actors.trainer.sample_checks import Columns, check_hidden_states, check_samples
+from actors.trainer.spec import PolicySpec
 from algorithms.config import AlgorithmConfig, KLConfig
 from rollout.encoding import ExpandedPrompt
 from rollout.failures import FailureError
@@ -194,11 +197,11 @@ def sample_with(hidden: Any, sample: TrainingSample) -> TrainingSample:
 
 def test_hidden_states_of_another_shape_or_of_some_samples_only_are_refused(tmp_path: Path) -> None:
     one, two = make_samples(build_tiny_vlm(tmp_path / "model"), tmp_path / "media", 2)
-    tokens = len(one.token_ids)
+    tokens, hidden = len(one.token_ids), Columns(optional=("reference_hidden",))
     with pytest.raises(FailureError, match="1 of 2 samples have no reference_hidden"):
-        check_samples([sample_with(np.zeros((tokens, 4), np.float32), one), two], ())
+        check_samples([sample_with(np.zeros((tokens, 4), np.float32), one), two], (), hidden)
     with pytest.raises(FailureError, match=rf"reference_hidden \[{tokens + 1}, 4\] for {tokens} tokens"):
-        check_samples([sample_with(np.zeros((tokens + 1, 4), np.float32), one)], ())
+        check_samples([sample_with(np.zeros((tokens + 1, 4), np.float32), one)], (), hidden)
     with pytest.raises(FailureError, match="width 4: the exact KL needs 8"):
         check_hidden_states([sample_with(np.zeros((tokens, 4), np.float16), one)], 8)
     with pytest.raises(FailureError, match="width none: the exact KL needs 8"):

@@ -13,7 +13,8 @@ import ray
 import torch
 
 from actors.config import DeadlineConfig, ModelConfig, TrainerConfig
-from actors.trainer.policy import PolicyGroup, PolicySpec
+from actors.trainer.policy import PolicyGroup
+from actors.trainer.spec import PolicySpec
 from algorithms.config import AlgorithmConfig, KLConfig
 from rollout.samples import TrainingSample
 from tests.actors.trainer.plain_update import PlainTrainer

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from transformers import AutoModelForImageTextToText
 
 from actors.config import DeadlineConfig, FreezeConfig, ModelConfig, TrainerConfig
-from actors.trainer.policy import PolicyGroup, PolicySpec
+from actors.trainer.policy import PolicyGroup
+from actors.trainer.spec import PolicySpec
 from algorithms.config import AlgorithmConfig, KLConfig
 from rollout.failures import FailureError, FailureKind
 from rollout.samples import TrainingSample

@@ -15,7 +15,8 @@ import ray
 import torch
 
 from actors.config import DeadlineConfig, FreezeConfig, ModelConfig, TrainerConfig, WeightsConfig
-from actors.trainer.policy import PolicyGroup, PolicySpec
+from actors.trainer.policy import PolicyGroup
+from actors.trainer.spec import PolicySpec
 from actors.weights.canary import TEXT_CANARY, TOLERANCE_NATS, Canaries, compare_canaries
 from actors.weights.manifest import WeightsPart
 from actors.weights.offer import WeightsOffer

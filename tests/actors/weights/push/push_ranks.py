@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 from actors.config import ModelConfig, TrainerConfig
-from actors.model.forward import load_model
+from actors.model.loading import load_model
 from actors.trainer.deepspeed_engine import DeepSpeedEngine, Place, join
 from actors.weights.push.sender import DeviceSender, PushSettings
 from actors.weights.source import module_tensors

@@ -1,4 +1,4 @@
-"""The one function the trainer calls: the loss of a micro-batch, put together from the choices of a recipe.
+"""The policy's loss over a micro-batch, put together from the choices of a recipe: policy loss, KL and entropy.
 
 Everything it returns is a part of the whole batch's figure: parts add up over micro-batches and ranks.
 """
@@ -18,9 +18,8 @@ from algorithms.finite import require_finite
 from algorithms.inputs import LossInputs, TokenLoss
 from algorithms.kl import kl_estimate
 from algorithms.losses import ratio_of
+from algorithms.objective_metrics import ObjectiveMetrics
 from algorithms.registry import KL_ESTIMATORS, POLICY_LOSSES, PolicyLoss
-
-__all__ = ["Denominators", "ObjectiveMetrics", "TokenBatch", "finish_metrics", "policy_objective"]
 
 UNCORRECTED = CorrectionConfig(method="none")
 """For losses that weigh by the behaviour policy themselves, and for those that learn from no rollouts."""
@@ -32,8 +31,8 @@ class TokenBatch:
 
     Attributes:
         mask: [B, T] bool, the trained tokens.
-        advantages: [B, T] float.
-        behaviour_log_probs: [B, T] float, nats, of the distribution sampled from.
+        advantages: [B, T] float; None for a loss that doesn't learn from rollouts.
+        behaviour_log_probs: [B, T] float, nats, of the distribution sampled from; None as for `advantages`.
         proximal_log_probs: [B, T] float, nats, the trainer's own at the start of the update; None takes the detached
             current ones.
         reference_log_probs: [B, T] float, nats; None where no reference model takes part.
@@ -41,27 +40,14 @@ class TokenBatch:
     """
 
     mask: Tensor
-    advantages: Tensor
-    behaviour_log_probs: Tensor
+    advantages: Tensor | None = None
+    behaviour_log_probs: Tensor | None = None
     proximal_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
     marks: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class ObjectiveMetrics:
-    """Detached scalars on the device of the loss, under the same keys in every micro-batch and rank of a batch.
-
-    Attributes:
-        sums: parts that add up over micro-batches and ranks to the batch's figure.
-        maxima: combined by the maximum.
-    """
-
-    sums: dict[str, Tensor]
-    maxima: dict[str, Tensor]
-
-
-def policy_objective(
+def total_loss(
     log_probs: Tensor,
     entropy: Tensor | None,
     batch: TokenBatch,
@@ -148,6 +134,10 @@ def _loss_inputs(current: Tensor, batch: TokenBatch, entry: PolicyLoss) -> LossI
     if not entry.uses_rollouts:
         # Nothing was sampled: proximal stands in for behaviour, so that every importance weight is 1.
         return LossInputs(current, proximal, proximal, torch.zeros_like(proximal), mask)
+    if batch.behaviour_log_probs is None or batch.advantages is None:
+        raise ValueError(
+            f"the loss {entry.name!r} learns from rollouts, but the batch has no advantages or behaviour_log_probs"
+        )
     behaviour = _inside("behaviour_log_probs", batch.behaviour_log_probs, mask, current)
     advantages = _inside("advantages", batch.advantages, mask, current)
     if entry.prepare is not None and batch.marks is None:

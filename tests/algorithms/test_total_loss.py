@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from algorithms.aggregation import count
+from algorithms.aggregation import Denominators, count
 from algorithms.config import AlgorithmConfig
 from algorithms.finite import NonFiniteError
 from algorithms.inputs import BatchTokens, LossInputs, TokenLoss
 from algorithms.kl import kl_estimator
-from algorithms.policy_objective import Denominators, ObjectiveMetrics, TokenBatch, finish_metrics, policy_objective
+from algorithms.objective_metrics import ObjectiveMetrics
 from algorithms.registry import KL_ESTIMATORS, POLICY_LOSSES, Options, RegistryError, policy_loss
+from algorithms.total_loss import TokenBatch, finish_metrics, total_loss
 
 LOSSES = ("clip", "reinforce", "nll")
 AGGREGATIONS: dict[str, dict[str, Any]] = {
@@ -106,7 +107,7 @@ def run(
 ) -> tuple[float, Tensor, ObjectiveMetrics]:
     """Loss, gradient by log-probabilities, and metrics."""
     leaf = log_probs.detach().clone().requires_grad_()
-    loss, metrics = policy_objective(leaf, entropy, batch, config, denominators, KL_COEFFICIENT, full_kl)
+    loss, metrics = total_loss(leaf, entropy, batch, config, denominators, KL_COEFFICIENT, full_kl)
     loss.backward()
     assert leaf.grad is not None
     return float(loss.detach()), leaf.grad, metrics
@@ -200,7 +201,7 @@ def test_the_gradient_is_that_of_finite_differences(loss: str, aggregation: str)
     config, denominators = settings_of(loss, aggregation), Denominators(*count(batch.mask))
 
     def loss_of(leaf: Tensor, entropy_leaf: Tensor) -> Tensor:
-        return policy_objective(leaf, entropy_leaf, batch, config, denominators, KL_COEFFICIENT)[0]
+        return total_loss(leaf, entropy_leaf, batch, config, denominators, KL_COEFFICIENT)[0]
 
     assert torch.autograd.gradcheck(loss_of, (log_probs, entropy.requires_grad_()))
 
@@ -209,7 +210,7 @@ def test_the_exact_kl_carries_its_gradient_into_the_loss() -> None:
     log_probs, entropy, batch = random_batch(8)
     config, denominators = settings_of(estimator="full"), Denominators(*count(batch.mask))
     full_kl = (entropy / 2).requires_grad_()
-    loss, _ = policy_objective(log_probs, entropy.detach(), batch, config, denominators, KL_COEFFICIENT, full_kl)
+    loss, _ = total_loss(log_probs, entropy.detach(), batch, config, denominators, KL_COEFFICIENT, full_kl)
     loss.backward()
     assert full_kl.grad is not None
     torch.testing.assert_close(
@@ -336,9 +337,7 @@ def test_a_model_output_that_is_nan_is_refused(name: str) -> None:
     outputs = {"log_probs": log_probs.detach(), "entropy": entropy}
     outputs[name][0, 0] = math.nan
     with pytest.raises(NonFiniteError, match=name):
-        policy_objective(
-            **outputs, batch=batch, config=settings_of(), denominators=Denominators(9, 5), kl_coefficient=0.0
-        )
+        total_loss(**outputs, batch=batch, config=settings_of(), denominators=Denominators(9, 5), kl_coefficient=0.0)
 
 
 def test_without_proximal_log_probs_the_ratio_is_one_and_the_current_ones_are_corrected() -> None:
@@ -364,7 +363,7 @@ def test_metrics_are_those_worked_by_hand() -> None:
     log_probs = proximal + torch.tensor([[1.5, 0.5, 1.0]]).log()
     batch = TokenBatch(mask, torch.tensor([[1.0, -3.0, 9.0]]), behaviour, proximal)
     config = AlgorithmConfig.model_validate({"correction": {"method": "token_truncated", "options": {"high": 1.5}}})
-    _, metrics = policy_objective(log_probs, None, batch, config, Denominators(2, 1), 0.0)
+    _, metrics = total_loss(log_probs, None, batch, config, Denominators(2, 1), 0.0)
     found = finish_metrics(as_floats(metrics.sums), as_floats(metrics.maxima))
     log2 = math.log(2)
     expected = {
@@ -394,19 +393,25 @@ def test_metrics_are_those_worked_by_hand() -> None:
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
-def test_supervised_fine_tuning_needs_no_sampler() -> None:
+@pytest.mark.parametrize("nothing", [None, torch.full((1, 2), math.nan)], ids=["no columns", "columns of NaN"])
+def test_supervised_fine_tuning_needs_no_sampler(nothing: Tensor | None) -> None:
     log_probs = torch.tensor([[-1.0, -3.0]], requires_grad=True)
-    nothing = torch.full((1, 2), math.nan)
     batch = TokenBatch(torch.ones(1, 2, dtype=torch.bool), advantages=nothing, behaviour_log_probs=nothing)
-    loss, metrics = policy_objective(log_probs, None, batch, AlgorithmConfig(loss="nll"), Denominators(2, 1), 0.0)
+    loss, metrics = total_loss(log_probs, None, batch, AlgorithmConfig(loss="nll"), Denominators(2, 1), 0.0)
     assert float(loss.detach()) == 2.0
     assert float(metrics.sums["mismatch_kl"]) == 0.0
     assert float(metrics.sums["importance_weight_mean"]) == 1.0
 
 
+def test_a_loss_that_learns_from_rollouts_needs_their_columns() -> None:
+    batch = TokenBatch(torch.ones(1, 2, dtype=torch.bool), advantages=torch.ones(1, 2))
+    with pytest.raises(ValueError, match="learns from rollouts, but the batch has no advantages or behaviour"):
+        total_loss(torch.zeros(1, 2), None, batch, AlgorithmConfig(), Denominators(2, 1), 0.0)
+
+
 def test_bfloat16_log_probs_are_summed_in_float32() -> None:
     log_probs, _, batch = random_batch()
-    loss, _ = policy_objective(log_probs.bfloat16(), None, batch, AlgorithmConfig(), Denominators(10, 5), 0.0)
+    loss, _ = total_loss(log_probs.bfloat16(), None, batch, AlgorithmConfig(), Denominators(10, 5), 0.0)
     assert loss.dtype == torch.float32
 
 
@@ -414,8 +419,8 @@ def test_a_kl_placed_in_the_reward_stays_out_of_the_loss_but_is_reported() -> No
     log_probs, entropy, batch = random_batch()
     denominators = Denominators(*count(batch.mask))
     config = AlgorithmConfig.model_validate({"kl": {"coefficient": 0.3, "placement": "reward", "estimator": "k1"}})
-    loss, metrics = policy_objective(log_probs, entropy, batch, config, denominators, kl_coefficient=0.3)
-    without, _ = policy_objective(log_probs, entropy, batch, AlgorithmConfig(), denominators, kl_coefficient=0.0)
+    loss, metrics = total_loss(log_probs, entropy, batch, config, denominators, kl_coefficient=0.3)
+    without, _ = total_loss(log_probs, entropy, batch, AlgorithmConfig(), denominators, kl_coefficient=0.0)
     assert torch.equal(loss, without)
     assert float(metrics.sums["kl_loss"]) == 0.0
     assert float(metrics.sums["kl_reference"]) != 0.0
@@ -434,7 +439,7 @@ def test_a_users_kl_that_is_not_zero_for_equal_models_counts_no_padding(monkeypa
     mask = torch.tensor([[True, True, False], [True, False, False]])
     batch = TokenBatch(mask, torch.zeros(2, 3), behaviour_log_probs=log_probs, reference_log_probs=reference)
     config = AlgorithmConfig.model_validate({"kl": {"coefficient": 0.3, "estimator": "one_more"}})
-    _, metrics = policy_objective(log_probs, None, batch, config, Denominators(3, 2), kl_coefficient=0.3)
+    _, metrics = total_loss(log_probs, None, batch, config, Denominators(3, 2), kl_coefficient=0.3)
     assert float(metrics.sums["kl_reference"]) == pytest.approx(5 / 3)
     assert float(metrics.sums["kl_loss"]) == pytest.approx(0.3 * 5 / 3)
 
@@ -456,7 +461,7 @@ def test_an_exact_kl_that_was_not_computed_is_refused_and_one_of_no_weight_is_le
     config, denominators = settings_of(estimator="full"), Denominators(*count(batch.mask))
     with pytest.raises(ValueError, match=r"in the loss by full, but no full_kl was given"):
         run(log_probs, entropy, batch, config, denominators)
-    _, metrics = policy_objective(log_probs, entropy, batch, config, denominators, kl_coefficient=0.0)
+    _, metrics = total_loss(log_probs, entropy, batch, config, denominators, kl_coefficient=0.0)
     assert "kl_reference" not in metrics.sums
 
 
@@ -470,7 +475,7 @@ def test_an_exact_kl_that_is_not_finite_is_refused() -> None:
 def test_an_entropy_bonus_without_entropy_is_refused() -> None:
     log_probs, _, batch = random_batch()
     with pytest.raises(ValueError, match="no entropy was given"):
-        policy_objective(log_probs, None, batch, settings_of(), Denominators(9, 5), 0.0)
+        total_loss(log_probs, None, batch, settings_of(), Denominators(9, 5), 0.0)
 
 
 def test_shapes_that_differ_are_refused_naming_the_tensor() -> None:
@@ -511,10 +516,10 @@ def test_a_users_own_loss_is_used_by_name_with_its_switches() -> None:
     batch = TokenBatch(torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2), behaviour_log_probs=log_probs)
     for options, expected in (({}, 10.0), ({"power": 1.0}, 3.0)):
         config = AlgorithmConfig(loss="power", loss_options=options)
-        assert float(policy_objective(log_probs, None, batch, config, Denominators(2, 1), 0.0)[0]) == expected
+        assert float(total_loss(log_probs, None, batch, config, Denominators(2, 1), 0.0)[0]) == expected
     config = AlgorithmConfig(loss="power", loss_options={"powr": 1.0})
     with pytest.raises(RegistryError, match=r"algorithm\.loss_options\.powr is not an option of 'power'"):
-        policy_objective(log_probs, None, batch, config, Denominators(2, 1), 0.0)
+        total_loss(log_probs, None, batch, config, Denominators(2, 1), 0.0)
 
 
 @pytest.mark.usefixtures("own_losses")
@@ -552,12 +557,12 @@ def test_what_a_loss_prepared_of_the_whole_batch_reaches_it_and_must_be_there() 
     batch = TokenBatch(mask, advantages, log_probs, marks=marks)
     denominators = Denominators(3, 2)
     # Centred advantages -2, -1, 3: the losses are -2, -2 and 12.
-    assert float(policy_objective(log_probs, None, batch, config, denominators, 0.0)[0]) == pytest.approx(8 / 3)
+    assert float(total_loss(log_probs, None, batch, config, denominators, 0.0)[0]) == pytest.approx(8 / 3)
     rows = [part_of(batch, slice(0, 1)), part_of(batch, slice(1, 2))]
-    losses = [policy_objective(log_probs[i : i + 1], None, rows[i], config, denominators, 0.0)[0] for i in range(2)]
+    losses = [total_loss(log_probs[i : i + 1], None, rows[i], config, denominators, 0.0)[0] for i in range(2)]
     assert float(sum(losses)) == pytest.approx(8 / 3)
     with pytest.raises(ValueError, match="the loss 'centred' needs marks"):
-        policy_objective(log_probs, None, dataclasses.replace(batch, marks=None), config, denominators, 0.0)
+        total_loss(log_probs, None, dataclasses.replace(batch, marks=None), config, denominators, 0.0)
 
 
 @pytest.mark.usefixtures("own_losses")
@@ -578,4 +583,4 @@ def test_a_users_loss_that_is_not_finite_or_of_another_shape_is_refused_by_name(
     log_probs = torch.tensor([[-2.0, -4.0]])
     batch = TokenBatch(torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2), behaviour_log_probs=log_probs)
     with pytest.raises(error, match=message):
-        policy_objective(log_probs, None, batch, AlgorithmConfig(loss="broken"), Denominators(2, 1), 0.0)
+        total_loss(log_probs, None, batch, AlgorithmConfig(loss="broken"), Denominators(2, 1), 0.0)
