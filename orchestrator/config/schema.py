@@ -14,6 +14,7 @@ from actors.config import (
     GeneratorConfig,
     ModelConfig,
     ReferenceConfig,
+    RestartsConfig,
     TrainerConfig,
     WeightsConfig,
 )
@@ -157,6 +158,7 @@ class Config(BaseModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
+    restarts: RestartsConfig = RestartsConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
 
     @property

@@ -113,3 +113,66 @@ def outcome_of(reason: str) -> DeliveryOutcome:
         "generator_timeout": DeliveryOutcome.DEAD,
         "engine_dead": DeliveryOutcome.DEAD,
     }.get(reason, DeliveryOutcome.FAILED)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What became of one policy version on its way to the fleet. Seconds and gaps are the worst generator's.
+
+    Attributes:
+        version: the policy version.
+        delivered: generators that were proven to have it.
+        bytes: size of what changes.
+        seconds: from the offer until then.
+        gather_s: for the trainer to read, cast and digest it, before the offer.
+        transfer_s, stage_s, load_s, pause_s: see :class:`actors.weights.offer.WeightsReceipt`.
+        verify_s: for a generator to compute the canaries.
+        canary_gap: mean of the worst canary, nats; None without canaries.
+        received_bytes: over the network, of all generators together.
+        egress_bytes: what the publisher had sent for the version before.
+        changed_share: of the elements; None where it wasn't measured.
+        routes: how many generators took it from memory, over the network, as a delta.
+        verified: proven version of each generator.
+    """
+
+    version: int
+    delivered: int
+    bytes: int
+    seconds: float
+    gather_s: float
+    transfer_s: float
+    stage_s: float
+    load_s: float
+    pause_s: float
+    verify_s: float
+    canary_gap: float | None
+    received_bytes: int
+    egress_bytes: int
+    changed_share: float | None
+    routes: dict[str, int]
+    verified: dict[str, int]
+
+    def metrics(self) -> dict[str, float]:
+        """For the record, under `weights/`."""
+        found = {
+            "version": self.version,
+            "verified_version": min(self.verified.values(), default=-1),
+            "delivered": self.delivered,
+            "bytes": self.bytes,
+            "sync_s": self.gather_s + self.seconds,
+            "gather_s": self.gather_s,
+            "transfer_s": self.transfer_s,
+            "stage_s": self.stage_s,
+            "load_s": self.load_s,
+            "pause_s": self.pause_s,
+            "verify_s": self.verify_s,
+            "received_bytes": self.received_bytes,
+            "egress_bytes": self.egress_bytes,
+            **{f"route_{route}": count for route, count in self.routes.items()},
+            **{f"verified_version/{name}": version for name, version in self.verified.items()},
+        }
+        if self.canary_gap is not None:
+            found["canary_gap"] = self.canary_gap
+        if self.changed_share is not None:
+            found["changed_share"] = self.changed_share
+        return {f"weights/{name}": float(value) for name, value in found.items()}

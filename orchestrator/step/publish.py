@@ -9,7 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from actors.weights.canary import TEXT_CANARY
-from orchestrator.roles.fleet import DISAGREEMENT, GeneratorFleet, Publication
+from orchestrator.roles.delivery import Publication
+from orchestrator.roles.fleet import DISAGREEMENT, GeneratorFleet
 from rollout.failures import FailureError
 from rollout.prompts import Prompt
 
