@@ -1,4 +1,4 @@
-"""What a check of preflight returns, and what it is given."""
+"""The finding that a check of preflight returns, and the planned run that it is given."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
-    """What is about to run.
+    """A run that is about to start.
 
     Attributes:
         config: its configuration.

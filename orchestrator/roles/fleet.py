@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NO_GENERATOR = "no_generator"
-"""Reason of the failure for which no retry helps: every generator is lost."""
+"""Reason of the failure that no retry cures: every generator is lost."""
 DISAGREEMENT = "weights_disagree"
 """Reason of the verdict on a generator that disagrees after a full resend and a restart."""
 PAUSE_S = 1.0
 """Pause before the next attempt at a generator that nothing came through to."""
 MAX_RESTARTS = 3
-"""Restarts of one generator before the fleet goes on without it."""
+"""Restarts of one generator before the fleet continues without it."""
 
 
 @dataclass
@@ -266,7 +266,7 @@ class GeneratorFleet:
                 member.delivery, step = member.delivery.after(outcome)
                 member.why = why or member.why
                 if step is Step.DONE:
-                    member.has_proven(offer)
+                    member.set_proven(offer)
                     if offer is self.offer:  # where a newer one was published meanwhile, it comes next
                         await self._set(member, Health.HEALTHY)
                 elif step is Step.SEND_LATER:
@@ -299,7 +299,7 @@ class GeneratorFleet:
             receipt = pushed if pushed and is_there else await handle.load_weights(offer, anew=anew)
             member.corrected = receipt.corrected or member.corrected
             if not is_there and (receipt.version, receipt.digest) != (offer.version, offer.trained.digest):
-                why = f"loaded version {receipt.version} with digest {receipt.digest}"
+                why = f"it loaded version {receipt.version} with digest {receipt.digest}, not {offer.trained.digest}"
                 self.on_event("digest_mismatch", generator=member.name, version=offer.version, why=why)
                 return DeliveryOutcome.FAILED, why
             member.receipt, member.report = receipt, None
@@ -307,11 +307,11 @@ class GeneratorFleet:
                 return DeliveryOutcome.PROVEN, ""
             await asyncio.wait({canaries})
             if _has_failed(canaries):
-                return DeliveryOutcome.FAILED, "the trainer computed no canaries"
+                return DeliveryOutcome.FAILED, "the trainer failed to compute the canaries"
             member.report = await handle.verify(canaries.result())
         except FailureError as error:
             if member.is_alive:  # a dead one fails because it is being ended
-                logger.warning("%s: update to version %d failed: %s", member.name, offer.version, error)
+                logger.warning("%s could not be updated to version %d: %s", member.name, offer.version, error)
                 self.on_event("update_failed", generator=member.name, version=offer.version, why=str(error))
             return outcome_of(error.failure.reason), str(error)
         if member.report.agrees:
@@ -353,7 +353,7 @@ class GeneratorFleet:
         self._restarts.add(task)
 
     async def _restart(self, member: Member) -> None:
-        """DEAD → STALE → HEALTHY, once it has the current version."""
+        """Start a dead generator again (STALE), and deliver the current version to it (HEALTHY)."""
         try:
             await member.handle.stop()
             if member.restarts >= MAX_RESTARTS or self._verdict is not None:

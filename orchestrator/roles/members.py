@@ -64,13 +64,13 @@ class Member:
         """A new process takes its place and serves nothing until it has the current version."""
         self.health, self.handle = Health.STALE, handle
 
-    def has_proven(self, offer: WeightsOffer) -> None:
+    def set_proven(self, offer: WeightsOffer) -> None:
         """It has loaded the version; digest and canaries agree."""
         self.version, self.order, self.corrected = offer.version, offer.order, ()
 
 
 def publication_of(offer: WeightsOffer, members: Sequence[Member], seconds: float) -> Publication:
-    """What became of an offered version so many seconds after the offer."""
+    """How an offered version reached the members, so many seconds after the offer."""
     current = [m for m in members if m.order == offer.order]
     receipts = [m.receipt for m in current if m.receipt is not None]
     reports = [m.report for m in current if m.report is not None]

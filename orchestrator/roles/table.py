@@ -1,4 +1,4 @@
-"""The roles of a run as a table: who needs a role, what it takes, and how it is started. A new role is a new row.
+"""The roles of a run as a table: when each is needed, what it takes, how it is started. A new role is a new row.
 
 Start, preflight, the plan and the local Ray cluster iterate over :data:`ROLES`. Ray and torch are imported by the
 functions that start a role, so that a plan costs neither.
@@ -73,7 +73,7 @@ def needed_roles(config: AnyConfig) -> tuple[Role, ...]:
 
 
 def actor_resources(resources: RoleResources) -> ActorResources:
-    """The same for Ray."""
+    """A role's resources as options of a Ray actor."""
     from actors.calls import ActorResources
 
     return ActorResources(resources.cpus, resources.gpus, resources.custom)
@@ -123,7 +123,7 @@ async def _start_policy(config: AnyConfig, media_folder: Path, on_event: OnEvent
 
 
 def policy_spec(config: AnyConfig, media_folder: Path) -> PolicySpec:
-    """What the policy's ranks are made from; of a supervised run, to imitate responses."""
+    """The specification of the policy's ranks. Supervised fine-tuning trains them with the loss "nll"."""
     from actors.trainer.policy import PolicySpec
     from algorithms.config import AlgorithmConfig
 

@@ -1,4 +1,4 @@
-"""The agreement check: log-probabilities of the same sampled tokens, from generators and from the trainer, compared.
+"""The agreement check compares the log-probabilities that generators and trainer give to the same sampled tokens.
 
 Synchronous training needs no extra samples: the trainer's first forward pass of a batch is at the version that sampled
 it. With stale samples that pass is at a later version, so a few completions are sampled for the check after each

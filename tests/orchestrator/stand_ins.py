@@ -214,7 +214,7 @@ class Policy:
         self.acts: list[str] = []
         self.raises: dict[str, Exception] = {}
         self.different: list[str] = []
-        """Tensors that aren't what was published."""
+        """Tensors that differ from what was published."""
         self.gate = asyncio.Event()
         self.gate.set()
         self.spec = SimpleNamespace(weights=WeightsConfig())

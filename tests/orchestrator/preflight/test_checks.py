@@ -110,7 +110,7 @@ def test_a_multimodal_model_needs_its_processor(tree: dict[str, Any], model: Pat
 def test_weights_that_are_cut_off_are_an_error(tree: dict[str, Any], model: Path) -> None:
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
-    assert "is not a whole safetensors file" in errors(tree)[0]
+    assert "is not a complete safetensors file" in errors(tree)[0]
 
 
 def test_a_shard_that_is_missing_is_named(tree: dict[str, Any], model: Path) -> None:
