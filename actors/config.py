@@ -238,6 +238,26 @@ class WeightsConfig(BaseModel):
     )
 
 
+class RestartsConfig(BaseModel):
+    """How often and how soon the reference and the reward server are started again when they die."""
+
+    model_config = STRICT
+
+    budget: int = Field(
+        3, ge=0, le=100, description="Restarts of each of them before the run stops; 0 stops at the first death."
+    )
+    backoff_s: float = Field(
+        1.0,
+        ge=0.0,
+        description="Seconds before the second restart in a row; each further one waits twice as long. The first "
+        "restart comes at once.",
+    )
+    backoff_max_s: float = Field(30.0, ge=0.0, description="Longest wait before a restart, in seconds.")
+    refill_after: int = Field(
+        50, ge=1, description="Answers in a row (scored groups, reference passes) after which the budget is full again."
+    )
+
+
 class DeadlineConfig(BaseModel):
     """Deadlines of all waits, in seconds."""
 

@@ -1,4 +1,4 @@
-"""The Ray cluster of a run, and how each role is started on it."""
+"""Starts the local Ray cluster of a run, or connects to the cluster that the recipe names."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ import threading
 from collections.abc import AsyncIterator
 
 from actors.config import DeadlineConfig
-from orchestrator.config.schema import ClusterConfig, RoleResources
+from orchestrator.config.schema import ClusterConfig
+from orchestrator.roles.table import ROLES
 from rollout.failures import Failure, FailureError, FailureKind
 
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 256 * 2**20
-"""Of a local cluster: what crosses it is token ids, never pixels or weights."""
+"""Object store of a local cluster. Token ids cross it; pixels and weights do not."""
 MAX_LOCAL_ACTORS = 64
-"""Actors of a role that may share one machine, whatever they ask for: its real resources are shared, not reserved."""
+"""Actors of one role that a local cluster has room for: it shares the machine's resources and reserves none."""
 
 
 @contextlib.asynccontextmanager
 async def ray_cluster(config: ClusterConfig, deadlines: DeadlineConfig) -> AsyncIterator[None]:
-    """Ray for the length of a run: a cluster of its own on this machine, or the one the recipe names.
+    """Ray for the length of a run: a cluster of its own on this machine, or the one that the recipe names.
 
-    A local cluster ends with the run, with every process it started; of a running one only this run's actors end.
+    A local cluster ends with the run, with every process it started. On a running cluster only this run's actors end.
 
     Raises:
-        FailureError: of kind infrastructure: Ray didn't start, or didn't answer, in time.
+        FailureError: INFRASTRUCTURE (`ray_unavailable`): Ray didn't start, or didn't answer, in time.
     """
     import ray
 
@@ -40,7 +41,7 @@ async def ray_cluster(config: ClusterConfig, deadlines: DeadlineConfig) -> Async
         except TimeoutError as error:
             raise _unavailable(where, f"it didn't answer within deadlines.start_s = {deadlines.start_s:g} s") from error
         except asyncio.CancelledError:
-            await asyncio.wait({connection.made}, timeout=deadlines.stop_s)  # a start can't be cut, only undone
+            await asyncio.wait({connection.made}, timeout=deadlines.stop_s)  # a start can only be undone, below
             raise
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise _unavailable(where, f"{type(error).__name__} {error}") from error
@@ -52,9 +53,9 @@ async def ray_cluster(config: ClusterConfig, deadlines: DeadlineConfig) -> Async
 
 
 class _Connection:
-    """Connects in a thread of its own, which nothing has to wait for: Ray looks for a cluster for minutes.
+    """Connects in a thread of its own, so that nothing waits for Ray, which looks for a cluster for minutes.
 
-    The thread stays until `ended`: the kernel ends a local cluster's processes with the thread that started them.
+    The thread lives until `ended`: the kernel ends a local cluster's processes with the thread that started them.
     """
 
     def __init__(self, config: ClusterConfig) -> None:
@@ -67,9 +68,9 @@ class _Connection:
         error: Exception | None = None
         try:
             _connect(config)
-        except Exception as caught:  # whatever it is, the one who waits for the connection has to hear of it
+        except Exception as caught:  # whatever it is, it is raised where the connection is awaited
             error = caught
-        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the event loop is closed and nobody waits any more
             loop.call_soon_threadsafe(self._settle, error)
             self.ended.wait()
 
@@ -84,8 +85,8 @@ class _Connection:
 
 def _unavailable(where: str, why: str) -> FailureError:
     message = (
-        f"Ray ({where}) can't be used: {why}. Is cluster.address right, and does the cluster run? One that refuses a "
-        "missing token (Ray's log: InvalidAuthToken) takes runs with RAY_AUTH_MODE=token in their environment."
+        f"Ray ({where}) can't be used: {why}. Check cluster.address, and that the cluster runs. If Ray's log says "
+        "InvalidAuthToken, set RAY_AUTH_MODE=token in the environment of the run."
     )
     return FailureError(Failure(FailureKind.INFRASTRUCTURE, "ray_unavailable", message))
 
@@ -96,24 +97,23 @@ def _connect(config: ClusterConfig) -> None:
     if config.address is not None:
         ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
         return
-    roles = (config.policy, config.critic, config.generator, config.reference, config.reward)
     ray.init(
         address="local",  # never the cluster that an environment variable or an earlier start points to
-        num_cpus=max(1, math.ceil(MAX_LOCAL_ACTORS * sum(role.cpus for role in roles))),
-        resources=_custom(roles) or None,
+        num_cpus=max(1, math.ceil(MAX_LOCAL_ACTORS * sum(role.resources(config).cpus for role in ROLES))),
+        resources=_custom(config) or None,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        # Idle workers that nobody will use would compete with the actors' start for the cores.
+        # Ray's idle workers, which a run never uses, would compete with the actors' start for the cores.
         _system_config={"enable_worker_prestart": False, "prestart_worker_first_driver": False},
     )
 
 
-def _custom(roles: tuple[RoleResources, ...]) -> dict[str, float]:
-    """Custom resources that a local cluster has to offer so that recipes for a real one run on it too."""
+def _custom(config: ClusterConfig) -> dict[str, float]:
+    """Custom resources that a local cluster offers, so that recipes for a real one run on it too."""
     offered: dict[str, float] = {}
-    for role in roles:
-        for name, amount in role.custom.items():
+    for role in ROLES:
+        for name, amount in role.resources(config).custom.items():
             offered[name] = offered.get(name, 0.0) + amount * MAX_LOCAL_ACTORS
     return offered

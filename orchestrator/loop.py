@@ -1,20 +1,17 @@
 """The training loop. Synchronous training is this loop with `rollout.max_staleness: 0`.
 
-One step: collect a batch of scored groups, hold it against the reference, estimate advantages, update the policy,
-publish the new version to the generators. Generation of later batches goes on beside all that, as far as the staleness
-bound allows.
+One step: collect a batch of scored groups, pass it through reference and critic, estimate advantages, update the
+policy, publish the new version to the generators. Meanwhile the generators sample later batches, as far as the
+staleness bound allows.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from actors.trainer.critic import CriticGroup
-from actors.trainer.policy import PolicyGroup
 from algorithms.kl import AdaptiveKL, FixedKL, needs_distributions
 from algorithms.registry import Need
 from orchestrator.checkpoints import BestMetric, Checkpoints, RunState
@@ -23,7 +20,7 @@ from orchestrator.record.run_record import sample_rows
 from orchestrator.roles.fleet import GeneratorFleet
 from orchestrator.roles.reference import Reference
 from orchestrator.roles.rewards import Rewards
-from orchestrator.step.agreement_check import alarm, compare
+from orchestrator.step.agreement_check import alarm, measure_agreement
 from orchestrator.step.appraisal import (
     Appraisal,
     Appraiser,
@@ -35,7 +32,7 @@ from orchestrator.step.appraisal import (
     with_values,
 )
 from orchestrator.step.evaluation import evaluate
-from orchestrator.step.publish import proof_prompts, publish
+from orchestrator.step.publish import publish
 from orchestrator.step.rollouts import Batch, Rollouts, dropped_metrics
 from orchestrator.step.stopwatch import Stopwatch
 from orchestrator.telemetry import Telemetry
@@ -44,26 +41,34 @@ from rollout.failures import Failure, FailureError, FailureKind
 from rollout.prompts import Prompt
 from rollout.samples import TrainingSample
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from actors.trainer.critic import CriticGroup
+    from actors.trainer.policy import PolicyGroup
+
 T = TypeVar("T")
 
 
 @dataclass
 class Training:
-    """One run: its roles, where it stands, and what it tells.
+    """One training run: its roles, its state, and where it is recorded.
 
     Attributes:
         config: the resolved recipe.
-        policy, fleet, reference, scorer, critic: the roles; no reference where the KL has no weight, no critic where
-            the advantage estimator needs no values.
-        rollouts: keeps the groups moving.
-        cursor: where training stands in its prompts.
+        policy, fleet, reference, scorer, critic: the roles. There is no reference where the KL has no weight, and no
+            critic where the advantage estimator needs no values.
+        rollouts: carries groups from admission to the batch.
+        cursor: position in the training prompts.
         held_out: prompts of the evaluation; empty for none.
-        canaries: a few prompts by which trainer and generators are compared.
+        canaries: prompts whose log-probabilities prove each weight update; empty for a proof by digest alone.
+        check_prompts: prompts of the agreement check.
         controller: the KL's weight.
         appraiser: makes advantages of rewards.
-        state: what a checkpoint keeps.
-        checkpoints, telemetry: where the run is kept and told.
+        state: the driver's part of a checkpoint.
+        checkpoints: of the run folder.
+        telemetry: receives metrics, samples and events.
+        agreement: the agreement check of the current version, where one was started.
+        is_whole: whether the trainer's weights are those of the state's version. False from the start of an
+            update until it has succeeded.
     """
 
     config: Config
@@ -76,23 +81,23 @@ class Training:
     cursor: PromptCursor
     held_out: list[Prompt]
     canaries: list[Prompt]
+    check_prompts: list[Prompt]
     controller: FixedKL | AdaptiveKL
     appraiser: Appraiser
     state: RunState
     checkpoints: Checkpoints
     telemetry: Telemetry
-    canary: asyncio.Task[dict[str, float]] | None = field(default=None, init=False)
+    agreement: asyncio.Task[dict[str, float]] | None = field(default=None, init=False)
     is_whole: bool = field(default=True, init=False)
-    """Whether the trainer is at the state's version: False from the start of an update until it has succeeded."""
 
     async def train(self) -> None:
-        """From the state's version to the last step.
+        """Train from the state's version to the last step.
 
         Raises:
-            FailureError: a role was lost or a budget spent; the state is that of the last whole step.
+            FailureError: a role was lost or a budget is spent; the state is that of the last completed step.
         """
         await self.publish()
-        await self.review()
+        await self.evaluate_and_checkpoint()
         while self.state.version < self.config.trainer.steps:
             watch = Stopwatch()
             batch = await self.rollouts.collect()
@@ -103,24 +108,24 @@ class Training:
             before, metrics = self.state.version, dict[str, float]()
             try:
                 with watch("learn"):
-                    metrics |= await self.take_canary()
+                    metrics |= await self.take_agreement()
                     await self.fleet.sleep(self.config.generator.sleep_level)
                     await uninterrupted(self.learn(appraisal, metrics))
                 with watch("sync"):
                     metrics |= await self.publish()
                 self.check_agreement(metrics)
             finally:
-                if self.state.version > before:  # a step that was made is told, even if the run ends with it
-                    self.tell(batch, appraisal.samples, metrics | watch.metrics())
-            await self.review()
+                if self.state.version > before:  # a completed step is recorded, even if the run ends with it
+                    self.record_step(batch, appraisal.samples, metrics | watch.metrics())
+            await self.evaluate_and_checkpoint()
 
     def is_due(self, every_steps: int) -> bool:
-        """Whether something done at the start, every so many steps, and at the end, is due now."""
+        """Whether an act is due that is done at the start, every so many steps, and at the end."""
         version = self.state.version
         return version in (0, self.config.trainer.steps) or bool(every_steps and version % every_steps == 0)
 
-    async def review(self) -> None:
-        """Evaluate and write a checkpoint where they are due; a checkpoint also of each new best."""
+    async def evaluate_and_checkpoint(self) -> None:
+        """Evaluate where that is due. Write a checkpoint where one is due, and of each new best."""
         best_before, watch = self.state.best, Stopwatch()
         if self.is_due(self.config.evaluation.every_steps) and self.state.evaluated < self.state.version:
             with watch("evaluate"):
@@ -133,7 +138,7 @@ class Training:
         self.telemetry.more(self.state.version, watch.named())
 
     async def appraise(self, batch: Batch) -> Appraisal:
-        """The batch as training samples with advantages, from the passes that the recipe's methods need."""
+        """The batch as training samples with advantages, after the forward passes that the recipe's methods need."""
         samples = as_samples(batch.groups)
         if self.reference is not None and needs_distributions(self.config.algorithm.kl):
             samples = with_hidden_states(samples, await self.reference.hidden_states(samples))
@@ -150,7 +155,7 @@ class Training:
         return self.appraiser.appraise(samples, batch.groups, self.controller.coefficient, collision)
 
     async def learn(self, appraisal: Appraisal, metrics: dict[str, float]) -> None:
-        """One policy update, and everything that must change together with it; its figures are added to `metrics`."""
+        """One policy update, and everything that changes together with it. Its metrics are added to `metrics`."""
         coefficient, samples = self.controller.coefficient, appraisal.samples
         self.is_whole = False
         if self.critic is not None:
@@ -167,47 +172,48 @@ class Training:
         self.appraiser.learned(appraisal)
 
     async def publish(self) -> dict[str, float]:
-        """Bring the current version to every generator, with proof; the next batch may be admitted then."""
+        """Bring the current version to every generator, with proof, and admit the groups that it makes room for."""
         version = self.state.version
-        prompts = proof_prompts(self.canaries, self.config.weights.canaries)
-        published = await publish(self.policy, self.fleet, version, prompts)
+        published = await publish(self.policy, self.fleet, version, self.canaries)
         self.rollouts.admit()
         if self.config.rollout.max_staleness > 0:
             sampling = self.config.rollout.sampling
-            self.canary = asyncio.create_task(compare(self.fleet, self.policy, self.canaries, sampling, version))
+            check = measure_agreement(self.fleet, self.policy, self.check_prompts, sampling, version)
+            self.agreement = asyncio.create_task(check)
         return published.metrics()
 
-    async def take_canary(self) -> dict[str, float]:
-        """What the canary of the version still current found; it must be in before that version is gone.
+    async def take_agreement(self) -> dict[str, float]:
+        """The result of the agreement check of the current version; empty where none was started, or it was lost.
 
-        A canary that died with its generator says nothing of the policy: then there is no figure for this version.
+        It is awaited before the update, which ends that version. A check that was lost with a role says nothing of the
+        policy.
         """
-        canary, self.canary = self.canary, None
+        check, self.agreement = self.agreement, None
         try:
-            return await canary if canary is not None else {}
+            return await check if check is not None else {}
         except FailureError as error:
             if error.failure.kind is not FailureKind.INFRASTRUCTURE:
                 raise
-            self.telemetry.event("no_canary", version=self.state.version, why=str(error))
+            self.telemetry.event("no_agreement_check", version=self.state.version, why=str(error))
             return {}
 
     def check_agreement(self, metrics: dict[str, float]) -> None:
-        """Name how far trainer and generators agree, if it was measured; an alarm where it is not far enough.
+        """Record how far trainer and generators disagree, if it was measured; raise an alarm where it is too far.
 
         Raises:
             FailureError: weights.on_alarm = stop, and they disagree.
         """
         names = ("mismatch_kl", "max_logprob_gap")
-        if self.config.rollout.max_staleness == 0:  # the trainer passed the batch at the version that sampled it
+        if self.config.rollout.max_staleness == 0:  # the update began at the version that sampled the batch
             metrics |= {f"rollout/{n}": metrics[f"train/{n}"] for n in names if f"train/{n}" in metrics}
-        said = alarm(metrics, self.config.weights)
-        if said is not None:
-            self.telemetry.event("alarm", version=self.state.version - 1, why=said)
+        message = alarm(metrics, self.config.weights)
+        if message is not None:
+            self.telemetry.event("alarm", version=self.state.version - 1, why=message)
             if self.config.weights.on_alarm == "stop":
-                raise FailureError(Failure(FailureKind.BUG, "mismatch_alarm", said))
+                raise FailureError(Failure(FailureKind.BUG, "mismatch_alarm", message))
 
-    def tell(self, batch: Batch, samples: list[TrainingSample], metrics: dict[str, float]) -> None:
-        """Record one step."""
+    def record_step(self, batch: Batch, samples: list[TrainingSample], metrics: dict[str, float]) -> None:
+        """Record the metrics and some samples of one step."""
         step = self.state.version
         metrics |= batch_metrics(batch.groups, step - 1) | dropped_metrics(batch.dropped)
         metrics["rollout/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
@@ -227,8 +233,8 @@ class Training:
     async def evaluate(self) -> None:
         """Evaluate the current version on held-out prompts, in every mode of the recipe."""
         settings, version = self.config.evaluation, self.state.version
-        is_edge = version in (0, self.config.trainer.steps)
-        prompts = self.held_out if is_edge else self.held_out[: settings.prompts]
+        is_first_or_last = version in (0, self.config.trainer.steps)
+        prompts = self.held_out if is_first_or_last else self.held_out[: settings.prompts]
         if not prompts:
             return
         shown: dict[str, float] = {}
@@ -252,14 +258,14 @@ class Training:
         self.telemetry.progress.evaluation(version, shown)
 
     async def stop(self) -> None:
-        """Stop generation; what is open is dropped from the account as such."""
-        if self.canary is not None:
-            self.canary.cancel()
-            await asyncio.gather(self.canary, return_exceptions=True)
+        """Stop generation. Open groups are dropped with the reason `run_stopped`."""
+        if self.agreement is not None:
+            self.agreement.cancel()
+            await asyncio.gather(self.agreement, return_exceptions=True)
         await self.rollouts.stop()
 
     async def checkpoint(self) -> None:
-        """Write where the run stands, so that it can go on from exactly here."""
+        """Write a checkpoint of the current version, from which the run can be resumed exactly."""
         self.state.cursor = self.cursor.state(self.rollouts.open_prompts)
         self.state.kl_controller = self.controller.state()
         self.state.multipliers = self.appraiser.state()
@@ -270,7 +276,10 @@ class Training:
 
 
 async def uninterrupted(act: Coroutine[Any, Any, T]) -> T:
-    """Let an act end that would leave things half-done, even if the run is being stopped; then stop."""
+    """Await an act to its end, even where the run is cancelled meanwhile; then the cancellation is raised.
+
+    A second cancellation cuts the act.
+    """
     task = asyncio.ensure_future(act)
     try:
         return await asyncio.shield(task)

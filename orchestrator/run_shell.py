@@ -15,13 +15,14 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.assembly import load_data, start_training
 from orchestrator.checkpoints import POLICY, CheckpointError, Checkpoints, RunState, read_state, step_of
 from orchestrator.cluster import ray_cluster
 from orchestrator.config.loading import load_config, save_config
 from orchestrator.config.schema import Config, SFTConfig
 from orchestrator.record.progress import Progress
 from orchestrator.record.run_record import Record
-from orchestrator.roles.start import CANARIES, load_data, start_policy, start_roles, start_training
+from orchestrator.roles.start import start_roles
 from orchestrator.step.evaluation import evaluate as evaluate_prompts
 from orchestrator.step.publish import proof_prompts, publish
 from orchestrator.telemetry import Telemetry
@@ -217,13 +218,21 @@ async def _evaluate(config: Config, checkpoint: Path | None) -> int:
     log = logging.getLogger("counterpoint.evaluate")
     async with (
         ray_cluster(config.cluster, config.deadlines),
-        start_roles(config, media.folder, lambda kind, **facts: log.warning("%s %s", kind, facts)) as roles,
+        start_roles(
+            config,
+            media.folder,
+            lambda kind, **facts: log.warning("%s %s", kind, facts),
+            names=("policy", "generator", "reward"),
+        ) as roles,
     ):
+        assert roles.policy is not None
+        assert roles.fleet is not None
+        assert roles.scorer is not None
         version = 0
         if checkpoint is not None:
             await roles.policy.load(checkpoint / POLICY)
             version = step_of(checkpoint)
-        prompts = proof_prompts(data.train.prompts[:CANARIES], config.weights.canaries)
+        prompts = proof_prompts(data.train.prompts, config.weights.canaries)
         await publish(roles.policy, roles.fleet, version, prompts)
         for mode in config.evaluation.modes:
             found = await evaluate_prompts(
@@ -250,11 +259,11 @@ async def _export(run_folder: Path, out: Path) -> int:
     checkpoint = Checkpoints(run_folder, keep=config.checkpoint.keep).best()
     if checkpoint is None:
         raise CheckpointError("checkpoint_missing", f"{run_folder} has no whole checkpoint to export")
-    async with ray_cluster(config.cluster, config.deadlines):
-        policy = await start_policy(config, run_folder / "media")
-        try:
-            await policy.load(checkpoint / POLICY)
-            await policy.export(out)
-        finally:
-            await policy.stop()
+    async with (
+        ray_cluster(config.cluster, config.deadlines),
+        start_roles(config, run_folder / "media", lambda kind, **facts: None, names=("policy",)) as roles,
+    ):
+        assert roles.policy is not None
+        await roles.policy.load(checkpoint / POLICY)
+        await roles.policy.export(out)
     return DONE

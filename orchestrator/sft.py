@@ -14,7 +14,7 @@ from orchestrator.config.loading import save_config
 from orchestrator.config.schema import SFTConfig
 from orchestrator.record.progress import Progress
 from orchestrator.record.run_record import Record
-from orchestrator.roles.start import share
+from orchestrator.roles.table import actor_resources, policy_spec
 from orchestrator.step.stopwatch import Stopwatch
 from orchestrator.tracking.tracker import Tracker
 from rollout.cursor import PromptCursor
@@ -139,17 +139,6 @@ def _sample(prompt: Prompt, encoder: PromptEncoder, config: SFTConfig) -> Traini
 
 async def _start_policy(config: SFTConfig) -> PolicyGroup:
     from actors.trainer.policy import PolicyGroup
-    from actors.trainer.spec import PolicySpec
-    from algorithms.config import AlgorithmConfig
 
-    spec = PolicySpec(
-        model=config.model,
-        trainer=config.trainer,
-        algorithm=AlgorithmConfig(loss="nll"),
-        deadlines=config.deadlines,
-        temperature=1.0,
-        media_folder=(config.run.folder / "media").resolve(),
-        seed=config.run.seed,
-        total_updates=config.trainer.steps * config.trainer.updates_per_step,
-    )
-    return await PolicyGroup.start(spec, share(config.cluster.policy))
+    spec = policy_spec(config, config.run.folder / "media")
+    return await PolicyGroup.start(spec, actor_resources(config.cluster.policy))

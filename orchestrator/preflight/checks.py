@@ -1,6 +1,6 @@
-"""What can be known before anything starts: files, user code, names, memory, disk, addresses, GPUs.
+"""Checks before anything starts: model folders, user code, data, rewards, addresses, run folder, disk.
 
-Everything found is reported at once. Errors stop a run before it takes a single resource; warnings don't.
+All findings are reported at once. Errors stop a run before it takes any resource; warnings don't.
 """
 
 from __future__ import annotations
@@ -9,43 +9,33 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
-
-import psutil
 
 from actors.config import ModelConfig
 from orchestrator.checkpoints import Checkpoints, step_of
 from orchestrator.config.cross_checks import warnings
 from orchestrator.config.derived import has_critic
 from orchestrator.config.schema import Config, SFTConfig
+from orchestrator.preflight.finding import Finding, PlannedRun, errors
+from orchestrator.preflight.memory_and_gpus import GIB, check_gpus, check_memory
 from orchestrator.preflight.model_folder import ModelFolder, inspect_model_folder
 from orchestrator.record.run_record import METRICS
+from orchestrator.roles.table import weight_bytes
 from reward.registry import UnknownRewardError, get_reward_function
 from rollout.config import DatasetConfig
 from rollout.datasets import DatasetError, PromptSet, load_prompts
 from rollout.media import MediaStore
 from rollout.user_code import UserCodeError, import_modules
 
-GIB = 1 << 30
 SAVED_CONFIG = "config.yaml"
 """The resolved configuration, which every run writes into its folder first."""
 CONNECT_DEADLINE_S = 5.0
 PEEK_PROMPTS = 8
-PROCESS_BYTES = GIB
-"""What a process that imports torch and an engine takes before any weight is loaded."""
 RAY_CURRENT_CLUSTER = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
 
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing found: an error stops the run, a warning is only said."""
-
-    severity: Literal["error", "warning"]
-    message: str
+Check = Callable[[PlannedRun], Iterable[Finding]]
 
 
 def preflight(config: Config | SFTConfig, *, resume: bool = False, starts_run: bool = True) -> list[Finding]:
@@ -53,54 +43,51 @@ def preflight(config: Config | SFTConfig, *, resume: bool = False, starts_run: b
 
     Args:
         config: what is about to run.
-        resume: whether it goes on from the run folder's latest checkpoint.
-        starts_run: False where nothing is trained (evaluation), so the run folder isn't looked at.
+        resume: whether it continues from the run folder's latest checkpoint.
+        starts_run: False where nothing is trained (evaluation), so that the run folder is left alone.
     Returns:
         errors and warnings, errors first.
     """
-    model = inspect_model_folder(config.model.path)
-    found = [*_check_model("model.path", config.model, model)]
-    if isinstance(config, Config):
-        found += _check_algorithm(config)  # first: whether there is a critic may depend on the user's methods
-    found += _check_data(config, model)
-    found += _check_gpus(config)
-    found += _check_tracking(config)
-    found += _check_ray(config)
-    if isinstance(config, Config):
-        if config.critic.path is not None:
-            found += _check_model("critic.path", config.model, inspect_model_folder(config.critic.path))
-        if config.reference.path is not None and config.algorithm.kl.coefficient > 0:
-            found += _check_model("reference.path", config.model, inspect_model_folder(config.reference.path))
-        found += _check_rewards(config)
-        found += [Finding("warning", message) for message in warnings(config)]
-    if starts_run:
-        found += _check_run_folder(config, resume)
-        found += _check_disk(config, model)
-    found += _check_memory(config, model)
+    run = PlannedRun(config, inspect_model_folder(config.model.path), resume, starts_run)
+    checks = SFT_CHECKS if isinstance(config, SFTConfig) else TRAIN_CHECKS
+    found = [finding for check in checks for finding in check(run)]
     return sorted(found, key=lambda finding: finding.severity)
 
 
-def _errors(messages: Iterable[str]) -> list[Finding]:
-    return [Finding("error", message) for message in messages]
+def check_model(run: PlannedRun) -> Iterator[Finding]:
+    """The folder of the model that all roles start from."""
+    yield from _check_folder("model.path", run.config.model, run.model)
 
 
-def _check_model(key: str, config: ModelConfig, model: ModelFolder) -> Iterator[Finding]:
-    yield from _errors(f"{key}: {problem}" for problem in model.problems)
+def check_other_models(run: PlannedRun) -> Iterator[Finding]:
+    """The folders of critic and reference, where the recipe names them."""
+    config = run.config
+    assert isinstance(config, Config)
+    if config.critic.path is not None:
+        yield from _check_folder("critic.path", config.model, inspect_model_folder(config.critic.path))
+    if config.reference.path is not None and config.algorithm.kl.coefficient > 0:
+        yield from _check_folder("reference.path", config.model, inspect_model_folder(config.reference.path))
+
+
+def _check_folder(key: str, config: ModelConfig, model: ModelFolder) -> Iterator[Finding]:
+    yield from errors(f"{key}: {problem}" for problem in model.problems)
     if model.max_positions is not None and model.max_positions < config.max_length:
         yield Finding(
             "error",
-            f"model.max_length = {config.max_length} is more than the {model.max_positions:,} positions {key} was "
-            f"built for (max_position_embeddings). Lower it to {model.max_positions}.",
+            f"model.max_length = {config.max_length} is more than the {model.max_positions:,} positions "
+            f"(max_position_embeddings) that the model of {key} was built for. Lower it to {model.max_positions}.",
         )
 
 
-def _check_data(config: Config | SFTConfig, model: ModelFolder) -> list[Finding]:
+def check_data(run: PlannedRun) -> list[Finding]:
+    """The user's dataset builders, and the first few prompts of each dataset."""
+    data = run.config.data
     try:
-        import_modules(config.data.modules)
+        import_modules(data.modules)
     except UserCodeError as error:
         return [Finding("error", f"data.modules: {error}")]
     found = []
-    for key, dataset in (("data.train", config.data.train), ("data.evaluation", config.data.evaluation)):
+    for key, dataset in (("data.train", data.train), ("data.evaluation", data.evaluation)):
         if dataset is None:
             continue
         try:
@@ -108,47 +95,56 @@ def _check_data(config: Config | SFTConfig, model: ModelFolder) -> list[Finding]
         except DatasetError as error:
             found.append(Finding("error", f"{key}: {error}"))
             continue
-        found += _check_prompts(key, prompts, config, model)
+        found += _check_prompts(key, prompts, run)
     return found
 
 
 def _peek(dataset: DatasetConfig) -> PromptSet:
-    """The first few prompts, their media in a store that is thrown away."""
+    """The first few prompts, with their media in a store that is deleted at once."""
     few = dataset.model_copy(update={"limit": min(dataset.limit or PEEK_PROMPTS, PEEK_PROMPTS)})
     with tempfile.TemporaryDirectory(prefix="counterpoint-preflight-") as folder:
         return load_prompts(few, MediaStore(Path(folder)), base=Path.cwd())
 
 
-def _check_prompts(key: str, prompts: PromptSet, config: Config | SFTConfig, model: ModelFolder) -> Iterator[Finding]:
+def _check_prompts(key: str, prompts: PromptSet, run: PlannedRun) -> Iterator[Finding]:
+    config, model = run.config, run.model
     if prompts.quarantined:
         number, failure = prompts.quarantined[0]
         yield Finding(
             "warning",
             f"{key}: {len(prompts.quarantined)} of the first {len(prompts) + len(prompts.quarantined)} rows can't be "
-            f"used and will be set aside, the first of them row {number}: {failure.message}",
+            f"used and will be skipped. The first of them is row {number}: {failure.message}",
         )
     if not model.problems and not model.takes_media and any(prompt.media for prompt in prompts.prompts):
         yield Finding(
             "error",
-            f"{key}: prompts have media, but {config.model.path} is a text model. Name a multimodal model, or leave "
-            "out images_column.",
+            f"{key}: prompts have media, and {config.model.path} is a text model. Set model.path to a multimodal "
+            "model, or remove images_column.",
         )
     if isinstance(config, SFTConfig):
-        wanted = config.sft.response_key
-        for prompt in prompts.prompts:
-            if not isinstance(prompt.metadata.get(wanted), str):
-                known = ", ".join(sorted(prompt.metadata)) or "nothing"
-                yield Finding(
-                    "error",
-                    f"{key}: a prompt has no text to imitate under {wanted!r} (sft.response_key); its metadata holds "
-                    f"{known}. Add that column, or set sft.response_key.",
-                )
-                return
+        yield from _check_responses(key, prompts, config)
 
 
-def _check_rewards(config: Config) -> list[Finding]:
+def _check_responses(key: str, prompts: PromptSet, config: SFTConfig) -> Iterator[Finding]:
+    """The first prompt without a response to imitate."""
+    wanted = config.sft.response_key
+    for prompt in prompts.prompts:
+        if not isinstance(prompt.metadata.get(wanted), str):
+            known = ", ".join(sorted(prompt.metadata)) or "nothing"
+            yield Finding(
+                "error",
+                f"{key}: a prompt has no response under {wanted!r} (sft.response_key); its metadata holds {known}. "
+                "Add that column, or set sft.response_key to the column that has the responses.",
+            )
+            return
+
+
+def check_rewards(run: PlannedRun) -> list[Finding]:
+    """The user's reward functions, and the arguments that the recipe gives them."""
     import reward.verifiers  # noqa: F401  registers the built-in functions
 
+    config = run.config
+    assert isinstance(config, Config)
     try:
         import_modules(config.reward.modules)
     except UserCodeError as error:
@@ -165,41 +161,50 @@ def _check_rewards(config: Config) -> list[Finding]:
     return found
 
 
-def _check_algorithm(config: Config) -> list[Finding]:
-    """The choices once more, now that the user's own methods are known."""
+def check_algorithm(run: PlannedRun) -> list[Finding]:
+    """The chosen methods, once the user's own methods are imported. It comes before checks of the roles."""
     from algorithms import choices
 
+    config = run.config
+    assert isinstance(config, Config)
     try:
         import_modules(config.algorithm.modules)
     except UserCodeError as error:
         return [Finding("error", f"algorithm.modules: {error}")]
-    return _errors(choices.problems(config.algorithm))
+    return errors(choices.problems(config.algorithm))
 
 
-def _check_run_folder(config: Config | SFTConfig, resume: bool) -> Iterator[Finding]:
-    folder = config.run.folder
+def check_warnings(run: PlannedRun) -> list[Finding]:
+    """Settings that are allowed and may surprise."""
+    assert isinstance(run.config, Config)
+    return [Finding("warning", message) for message in warnings(run.config)]
+
+
+def check_run_folder(run: PlannedRun) -> Iterator[Finding]:
+    """Whether the run folder can be written, and whether a run in it fits `--resume`."""
+    if not run.starts_run:
+        return
+    folder, steps = run.config.run.folder, run.config.trainer.steps
     try:
         with tempfile.TemporaryFile(dir=_existing(folder)):
             pass
     except OSError as error:
-        yield Finding("error", f"run.folder = {folder} can't be written to ({error.strerror}). Choose another.")
+        yield Finding("error", f"run.folder = {folder} can't be written to ({error.strerror}). Choose another folder.")
         return
-    if isinstance(config, SFTConfig):
-        return
-    latest = Checkpoints(folder, keep=config.checkpoint.keep).latest()
+    latest = Checkpoints(folder, keep=1).latest()
     if latest is None:
-        yield from _check_beginning(folder, resume)
-    elif not resume:
+        yield from _check_beginning(folder, run.resume)
+    elif not run.resume:
         yield Finding(
             "error",
             f"run.folder = {folder} already holds a run (checkpoint of step {step_of(latest)}). Continue it with "
             "--resume, or choose another run.folder.",
         )
-    elif step_of(latest) >= config.trainer.steps:
+    elif step_of(latest) >= steps:
         yield Finding(
             "warning",
-            f"--resume: the run is already at step {step_of(latest)} of trainer.steps = {config.trainer.steps}. "
-            "Raise trainer.steps to train on.",
+            f"--resume: the run is already at step {step_of(latest)} of trainer.steps = {steps}. Raise trainer.steps "
+            "to train further.",
         )
 
 
@@ -209,12 +214,12 @@ def _existing(folder: Path) -> Path:
 
 
 def _check_beginning(folder: Path, resume: bool) -> Iterator[Finding]:
-    """What stands in the way of beginning at step 0."""
+    """Whether a run in a folder without a checkpoint may begin at step 0."""
     metrics = folder / METRICS
     if resume and not (folder / SAVED_CONFIG).is_file():
-        yield Finding("error", f"--resume: {folder} holds no run to go on with. Leave --resume out to start one.")
+        yield Finding("error", f"--resume: {folder} holds no run to continue. Remove --resume to start a new one.")
     elif resume:
-        yield Finding("warning", f"--resume: the run in {folder} left no checkpoint, so it starts over.")
+        yield Finding("warning", f"--resume: the run in {folder} left no checkpoint, so it starts over at step 0.")
     elif metrics.is_file() and metrics.stat().st_size > 0:
         yield Finding(
             "error",
@@ -223,95 +228,30 @@ def _check_beginning(folder: Path, resume: bool) -> Iterator[Finding]:
         )
 
 
-def _value_bytes(config: ModelConfig) -> int:
-    return 4 if config.precision == "float32" else 2
-
-
-def _check_disk(config: Config | SFTConfig, model: ModelFolder) -> Iterator[Finding]:
-    weights = model.parameters * _value_bytes(config.model)
-    # Of adapters, which are small, checkpoints keep no more than themselves; a critic is trained whole.
+def check_disk(run: PlannedRun) -> Iterator[Finding]:
+    """Whether the disk has room for the checkpoints and an export."""
+    if not run.starts_run:
+        return
+    config, parameters = run.config, run.model.parameters
+    weights = weight_bytes(config.model, parameters)
+    # Checkpoints of adapters, which are small, hold nothing else. A critic is trained whole.
     trained = int(config.model.lora is None) + int(isinstance(config, Config) and has_critic(config))
-    checkpoint = trained * (weights + model.parameters * 12)  # float32 parameters and AdamW's two moments
-    kept = config.checkpoint.keep + 2 if isinstance(config, Config) else 0  # the best, and the one being written
+    checkpoint = trained * (weights + parameters * 12)  # float32 parameters and AdamW's two moments
+    best = int(isinstance(config, Config))  # kept besides the newest
+    kept = config.checkpoint.keep + best + 1  # and the one being written
     needed = kept * checkpoint + weights
     free = shutil.disk_usage(_existing(config.run.folder)).free
     if free < needed:
         yield Finding(
             "error",
-            f"run.folder = {config.run.folder} has {free / GIB:.1f} GiB free, and {kept} checkpoints with an export "
-            f"take about {needed / GIB:.1f} GiB. Free some, choose another run.folder, or lower checkpoint.keep.",
+            f"run.folder = {config.run.folder} has {free / GIB:.1f} GiB free; {kept} checkpoints and an export take "
+            f"about {needed / GIB:.1f} GiB. Free some, choose another run.folder, or lower checkpoint.keep.",
         )
 
 
-def memory_estimate(config: Config | SFTConfig, parameters: int) -> int:
-    """Bytes all roles take together on one machine without GPUs, roughly, activations left out."""
-    weights = parameters * _value_bytes(config.model)
-    mixed = 0 if config.model.precision == "float32" else weights
-    replicated = config.trainer.ranks if config.trainer.zero_stage == 0 else 1
-    processes = config.trainer.ranks * PROCESS_BYTES
-    trained_whole = processes + replicated * (parameters * 16 + mixed)
-    copies = 1 if config.trainer.zero_stage == 3 else config.trainer.ranks  # of weights that aren't trained
-    total = trained_whole if config.model.lora is None else processes + copies * weights
-    if isinstance(config, Config):
-        total += trained_whole if has_critic(config) else 0
-        cache = int(config.generator.kv_cache_gib * GIB)
-        published = weights * (1 if config.weights.shared_memory else 1 + config.generator.replicas)
-        least, lora = config.weights.stage_from_mib, config.model.lora
-        is_adapter = lora is not None and lora.sync == "adapter"  # such an engine loads in place
-        is_staged = least is not None and weights >= least << 20 and not is_adapter
-        total += published + config.generator.replicas * (PROCESS_BYTES + (1 + is_staged) * weights + cache)
-        if config.algorithm.kl.coefficient > 0:
-            total += config.reference.replicas * (PROCESS_BYTES + weights)
-    return total
-
-
-def _check_memory(config: Config | SFTConfig, model: ModelFolder) -> Iterator[Finding]:
-    if config.cluster.address is not None or _gpus_asked(config) > 0:
-        return
-    needed, available = memory_estimate(config, model.parameters), psutil.virtual_memory().available
-    if needed > available:
-        yield Finding(
-            "warning",
-            f"the roles take about {needed / GIB:.1f} GiB together and {available / GIB:.1f} GiB of memory are "
-            "available. Lower generator.kv_cache_gib or the number of replicas, or use a smaller model.",
-        )
-
-
-def _gpus_asked(config: Config | SFTConfig) -> float:
-    asked = config.cluster.policy.gpus * config.trainer.ranks
-    if isinstance(config, Config):
-        asked += config.cluster.generator.gpus * config.generator.replicas + config.cluster.reward.gpus
-        if has_critic(config):
-            asked += config.cluster.critic.gpus * config.trainer.ranks
-        if config.algorithm.kl.coefficient > 0:
-            asked += config.cluster.reference.gpus * config.reference.replicas
-    return asked
-
-
-def _check_gpus(config: Config | SFTConfig) -> Iterator[Finding]:
-    if config.cluster.address is not None:
-        return  # the cluster's nodes have them, not this machine
-    asked = _gpus_asked(config)
-    needs_one = config.model.attention == "flash_attention_2"
-    if asked == 0 and not needs_one:
-        return
-    import torch
-
-    present = torch.cuda.device_count()
-    if asked > present:
-        yield Finding(
-            "error",
-            f"cluster asks for {asked:g} GPUs in all and this machine has {present}. Lower the roles' gpus, or give "
-            "cluster.address of a cluster that has them.",
-        )
-    elif needs_one and config.cluster.policy.gpus == 0:
-        yield Finding(
-            "error", "model.attention = flash_attention_2 needs a GPU and cluster.policy.gpus is 0. Set sdpa instead."
-        )
-
-
-def _check_ray(config: Config | SFTConfig) -> Iterator[Finding]:
-    address = config.cluster.address
+def check_ray(run: PlannedRun) -> Iterator[Finding]:
+    """Whether the Ray cluster that the recipe names answers."""
+    address = run.config.cluster.address
     if address is None:
         return
     if address == "auto":
@@ -321,28 +261,29 @@ def _check_ray(config: Config | SFTConfig) -> Iterator[Finding]:
         if not known or known == "auto":
             yield Finding(
                 "error",
-                "cluster.address = auto finds no running Ray cluster here. Start one with `ray start --head`, or set "
-                "it to null for a local one.",
+                "cluster.address = auto finds no running Ray cluster on this machine. Start one with `ray start "
+                "--head`, or set cluster.address to null for a local one.",
             )
             return
         address = known
     if problem := _unreachable(address if "://" in address else f"ray://{address}"):
         yield Finding(
             "error",
-            f"cluster.address = {config.cluster.address}: {problem}. Check that the cluster runs, or set it to null "
-            "for a local one.",
+            f"cluster.address = {run.config.cluster.address}: {problem}. Check that the cluster runs, or set "
+            "cluster.address to null for a local one.",
         )
 
 
-def _check_tracking(config: Config | SFTConfig) -> Iterator[Finding]:
-    uri = config.tracking.uri
-    if not config.tracking.enabled or uri is None or not uri.startswith(("http://", "https://")):
+def check_tracking(run: PlannedRun) -> Iterator[Finding]:
+    """Whether the MLflow server that the recipe names answers."""
+    tracking = run.config.tracking
+    if not tracking.enabled or tracking.uri is None or not tracking.uri.startswith(("http://", "https://")):
         return
-    if problem := _unreachable(uri):
+    if problem := _unreachable(tracking.uri):
         yield Finding(
             "warning",
-            f"tracking.uri = {uri}: {problem}. The run goes on; what it would have sent is kept and sent when the "
-            "server is back.",
+            f"tracking.uri = {tracking.uri}: {problem}. The run continues without it; the record is kept and sent when "
+            "the server answers.",
         )
 
 
@@ -362,3 +303,32 @@ def _unreachable(uri: str) -> str | None:
         return f"{parts.hostname}:{port} did not answer within {CONNECT_DEADLINE_S:g} s"
     except OSError as error:
         return f"{parts.hostname}:{port} can't be reached ({error.strerror or error})"
+
+
+TRAIN_CHECKS: tuple[Check, ...] = (
+    check_model,
+    check_algorithm,
+    check_data,
+    check_gpus,
+    check_tracking,
+    check_ray,
+    check_other_models,
+    check_rewards,
+    check_warnings,
+    check_run_folder,
+    check_disk,
+    check_memory,
+)
+"""Checks of training and evaluation."""
+
+SFT_CHECKS: tuple[Check, ...] = (
+    check_model,
+    check_data,
+    check_gpus,
+    check_tracking,
+    check_ray,
+    check_run_folder,
+    check_disk,
+    check_memory,
+)
+"""Checks of supervised fine-tuning."""

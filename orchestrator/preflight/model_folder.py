@@ -1,4 +1,4 @@
-"""What a Hugging Face model folder must hold before any engine opens it. Reads headers, never weights."""
+"""Checks that a Hugging Face model folder is complete before an engine opens it. Reads headers, never weights."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MAX_HEADER_BYTES = 100 << 20
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """What was found.
+    """What a model folder holds.
 
     Attributes:
-        problems: what is missing or broken, one sentence each; nothing else is known for certain if there are any.
+        problems: what is missing or broken, one sentence each. Where there are any, the other attributes may be wrong.
         parameters: number of parameters, from the weights' headers; 0 where they can't be read.
         max_positions: longest sequence the model was built for, or None where its config doesn't say.
         takes_media: whether the model has an encoder for images, video or audio.
@@ -32,11 +32,11 @@ class ModelFolder:
 
 
 def inspect_model_folder(folder: Path) -> ModelFolder:
-    """Look whether a folder holds config, tokenizer, chat template, processor (where needed) and whole weights."""
+    """Inspect a folder for config, tokenizer, chat template, processor (where needed) and complete weights."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         return ModelFolder(
-            (f"the model folder {folder} {what}. Name a folder on disk; models of a hub have to be downloaded first.",)
+            (f"the model folder {folder} {what}. Name a folder on disk. A model of a hub must be downloaded first.",)
         )
     problems: list[str] = []
     config = _json(folder / "config.json", problems)
@@ -57,7 +57,7 @@ def _json(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        problems.append(f"{path.parent} has no {path.name}, so it is no Hugging Face model folder.")
+        problems.append(f"{path.parent} has no {path.name}, so it is not a Hugging Face model folder.")
         return {}
     except (OSError, ValueError) as error:
         problems.append(f"{path} can't be read: {error}.")
@@ -98,7 +98,7 @@ def _parameters_of(path: Path, problems: list[str]) -> int:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise ValueError("its header is cut off")
+                raise ValueError("its header is truncated")
             header = json.loads(file.read(length))
         tensors = [entry for name, entry in header.items() if name != "__metadata__"]
         needed = 8 + length + max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
@@ -106,5 +106,5 @@ def _parameters_of(path: Path, problems: list[str]) -> int:
             raise ValueError(f"it has {size:,} bytes where its header says {needed:,}")
         return sum(math.prod(entry["shape"]) for entry in tensors)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        problems.append(f"{path} is not a whole safetensors file: {error}. Download or save it again.")
+        problems.append(f"{path} is not a complete safetensors file: {error}. Download or save it again.")
         return 0

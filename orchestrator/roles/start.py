@@ -1,297 +1,93 @@
-"""How a run's roles come to be: each role from its part of the configuration, all of them side by side."""
+"""Starts the roles of a run side by side, and stops every one of them at the end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from actors.calls import ActorResources
-from orchestrator.checkpoints import CRITIC, POLICY, Checkpoints, RunState
-from orchestrator.cluster import ray_cluster
-from orchestrator.config.derived import has_critic
-from orchestrator.config.schema import Config, RoleResources
-from orchestrator.roles.fleet import GeneratorFleet
-from orchestrator.roles.reference import Reference
-from orchestrator.roles.rewards import Rewards
-from orchestrator.step.rollouts import Rollouts
-from orchestrator.telemetry import Telemetry
-from rollout.cursor import PromptCursor
-from rollout.datasets import PromptSet, load_prompts
-from rollout.ledger import Ledger
-from rollout.media import MediaStore
+from orchestrator.config.schema import Config
+from orchestrator.roles.table import ROLES, AnyConfig, OnEvent, Role, RunningRole, needed_roles
 from rollout.user_code import import_modules
 
 if TYPE_CHECKING:
-    from actors.generator.handle import GeneratorHandle
-    from actors.reference_pool import ReferencePool
-    from actors.reward.server import RewardHandle
     from actors.trainer.critic import CriticGroup
     from actors.trainer.policy import PolicyGroup
-    from orchestrator.loop import Training
+    from orchestrator.roles.fleet import GeneratorFleet
+    from orchestrator.roles.reference import Reference
+    from orchestrator.roles.rewards import Rewards
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-CANARIES = 4
-
-
-@dataclass(frozen=True)
-class Data:
-    """The prompts of a run."""
-
-    train: PromptSet
-    held_out: PromptSet | None
 
 
 @dataclass(frozen=True)
 class Roles:
-    """The roles of a run, started."""
+    """The started roles of a run. A role that the run doesn't need, or that nobody asked for, is None."""
 
-    policy: PolicyGroup
-    fleet: GeneratorFleet
-    reference: Reference | None
-    scorer: Rewards
-    critic: CriticGroup | None
-
-
-def load_data(config: Config, media: MediaStore) -> Data:
-    """Training and held-out prompts."""
-    import_modules(config.data.modules)
-    train = load_prompts(config.data.train, media, base=Path.cwd())
-    if config.data.evaluation is None:
-        return Data(train, None)
-    return Data(train, load_prompts(config.data.evaluation, media, base=Path.cwd()))
+    policy: PolicyGroup | None = None
+    critic: CriticGroup | None = None
+    fleet: GeneratorFleet | None = None
+    reference: Reference | None = None
+    scorer: Rewards | None = None
 
 
-def tell_data(data: Data, telemetry: Telemetry) -> None:
-    """The lineage of the prompts; rows of them that can't be used are reported, by reason."""
-    for prompts, context in ((data.train, "training"), (data.held_out, "evaluation")):
-        if prompts is None:
-            continue
-        telemetry.tracker.dataset(prompts.name, prompts.digest, len(prompts), context, prompts.source)
-        if prompts.quarantined:
-            telemetry.event("rows_quarantined", dataset=prompts.name, **prompts.quarantined_by_reason)
+FIELDS = {"generator": "fleet", "reward": "scorer"}
+"""Fields of :class:`Roles` that are not named like their role."""
 
 
 @contextlib.asynccontextmanager
-async def start_training(
-    config: Config, state: RunState, checkpoints: Checkpoints, telemetry: Telemetry, checkpoint: Path | None
-) -> AsyncIterator[Training]:
-    """Everything a training run needs, from Ray to the ledger; all of it is stopped at the end.
+async def start_roles(
+    config: AnyConfig, media_folder: Path, on_event: OnEvent, names: Collection[str] | None = None
+) -> AsyncIterator[Roles]:
+    """Start roles side by side; at the end stop every one of them, also those of a start that failed.
 
     Args:
-        checkpoint: the checkpoint to go on from, whose driver's state is `state`; None starts anew.
-    """
-    telemetry.progress.phase("starting Ray, loading prompts")
-    media = MediaStore(config.run.folder / "media")
-    async with (
-        _beside(asyncio.to_thread(load_data, config, media)) as data_loading,
-        ray_cluster(config.cluster, config.deadlines),
-    ):
-        telemetry.progress.phase("starting trainer, generators, reference and reward server")
-        async with start_roles(config, media.folder, telemetry.event) as roles:
-            data = await data_loading
-            tell_data(data, telemetry)
-            if checkpoint is not None:
-                await roles.policy.load(checkpoint / POLICY)
-                if roles.critic is not None:
-                    await roles.critic.load(checkpoint / CRITIC)
-            with Ledger(config.run.folder / "ledger.db") as ledger:
-                ledger.recover(at_s=time.time())
-                training = _training(config, state, checkpoints, telemetry, roles, data, ledger)
-                try:
-                    yield training
-                finally:
-                    await training.stop()
-
-
-@contextlib.asynccontextmanager
-async def _beside(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
-    """Work beside a block that awaits it within; it doesn't outlive the block."""
-    task = asyncio.ensure_future(work)
-    try:
-        yield task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-def _training(
-    config: Config,
-    state: RunState,
-    checkpoints: Checkpoints,
-    telemetry: Telemetry,
-    roles: Roles,
-    data: Data,
-    ledger: Ledger,
-) -> Training:
-    from algorithms.choices import needs
-    from algorithms.kl import make_kl_controller
-    from algorithms.registry import Need
-    from orchestrator.loop import Training
-    from orchestrator.step.appraisal import Appraiser
-
-    prompts = data.train
-    cursor = (
-        PromptCursor.restore(prompts, state.cursor) if state.cursor else PromptCursor(prompts, seed=config.run.seed)
-    )
-    rollouts = Rollouts(
-        config.rollout,
-        steps=config.trainer.steps,
-        first_step=state.version,
-        seed=config.run.seed,
-        cursor=cursor,
-        fleet=roles.fleet,
-        scorer=roles.scorer,
-        ledger=ledger,
-        on_event=telemetry.event,
-        with_greedy=Need.GREEDY_REWARDS in needs(config.algorithm),
-    )
-    return Training(
-        config,
-        roles.policy,
-        roles.fleet,
-        roles.reference,
-        roles.scorer,
-        roles.critic,
-        rollouts,
-        cursor,
-        list(data.held_out.prompts) if data.held_out else [],
-        list(prompts.prompts[:CANARIES]),
-        make_kl_controller(config.algorithm.kl, state.kl_controller or None),
-        Appraiser(config, state.multipliers or None),
-        state,
-        checkpoints,
-        telemetry,
-    )
-
-
-@contextlib.asynccontextmanager
-async def start_roles(config: Config, media_folder: Path, on_event: Callable[..., None]) -> AsyncIterator[Roles]:
-    """Start every role side by side; stop every one of them at the end, also those of a start that failed.
-
+        media_folder: the media store, on a file system that every node sees.
+        on_event: told of deaths and restarts (kind, data).
+        names: of the roles to start, as far as the run needs them; None for all that it needs.
     Raises:
         FailureError: a role didn't start; says which and why.
+        ValueError: a name is no role.
     """
-    fleet = GeneratorFleet(
-        lambda name: start_generator(config, media_folder, name),
-        config.deadlines.start_s,
-        on_event,
-        config.weights.grace_s,
-    )
-    scorer = Rewards(
-        lambda: start_reward(config, media_folder),
-        deadline_s=config.deadlines.score_s,
-        stop_s=config.deadlines.stop_s,
-        on_event=on_event,
-    )
-    reference = None
-    if config.algorithm.kl.coefficient > 0:
-        reference = Reference(lambda: start_reference(config, media_folder), on_event=on_event)
-    import_modules(config.algorithm.modules)  # the driver makes the advantages
-    policy = asyncio.create_task(start_policy(config, media_folder))
-    critic = asyncio.create_task(start_critic(config, media_folder))
-    others = [asyncio.create_task(fleet.start(config.generator.replicas)), asyncio.create_task(scorer.start())]
-    if reference is not None:
-        others.append(asyncio.create_task(reference.start()))
-    starts: list[asyncio.Task[Any]] = [policy, critic, *others]
+    if isinstance(config, Config):
+        import_modules(config.algorithm.modules)  # they decide which roles are needed
+    starts = {
+        role.name: asyncio.create_task(_start(role, config, media_folder, on_event)) for role in _asked(config, names)
+    }
     try:
-        await asyncio.gather(*starts)
-        yield Roles(policy.result(), fleet, reference, scorer, critic.result())
+        await asyncio.gather(*starts.values())
+        running: dict[str, Any] = {FIELDS.get(name, name): start.result() for name, start in starts.items()}
+        yield Roles(**running)
     finally:
-        for start in starts:
-            start.cancel()
-        learners = (await asyncio.gather(*starts, return_exceptions=True))[:2]
-        roles = (fleet, scorer, reference, *(each for each in learners if not isinstance(each, BaseException)))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2 * config.deadlines.stop_s):
-                await asyncio.gather(*(voice.stop() for voice in roles if voice is not None), return_exceptions=True)
+        await _stop(list(starts.values()), config.deadlines.stop_s)
 
 
-def share(role: RoleResources) -> ActorResources:
-    """What an actor of a role asks Ray for."""
-    return ActorResources(role.cpus, role.gpus, role.custom)
+def _asked(config: AnyConfig, names: Collection[str] | None) -> list[Role]:
+    known = [role.name for role in ROLES]
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise ValueError(f"there is no role {', '.join(unknown)}; the roles are {', '.join(known)}")
+    return [role for role in needed_roles(config) if names is None or role.name in names]
 
 
-async def start_policy(config: Config, media_folder: Path) -> PolicyGroup:
-    """The trainer's ranks."""
-    from actors.trainer.policy import PolicyGroup
-    from actors.trainer.spec import PolicySpec
-
-    spec = PolicySpec(
-        model=config.model,
-        trainer=config.trainer,
-        algorithm=config.algorithm,
-        deadlines=config.deadlines,
-        temperature=config.rollout.sampling.temperature,
-        media_folder=media_folder.resolve(),
-        seed=config.run.seed,
-        total_updates=config.trainer.steps * config.trainer.updates_per_step,
-        reference=config.reference.path,
-        weights=config.weights,
-    )
-    return await PolicyGroup.start(spec, share(config.cluster.policy))
+async def _start(role: Role, config: AnyConfig, media_folder: Path, on_event: OnEvent) -> RunningRole:
+    return await role.start(config, media_folder, on_event)
 
 
-async def start_critic(config: Config, media_folder: Path) -> CriticGroup | None:
-    """The critic's ranks; None where the advantage estimator needs no values."""
-    if not has_critic(config):
-        return None
-    from actors.trainer.critic import CriticGroup
-    from actors.trainer.spec import CriticSpec
-
-    spec = CriticSpec(
-        # all of a critic's body learns, whatever the policy's adapters
-        model=config.model.model_copy(update={"path": config.critic.path or config.model.path, "lora": None}),
-        trainer=config.trainer.model_copy(update={"learning_rate": config.critic.learning_rate}),
-        deadlines=config.deadlines,
-        media_folder=media_folder.resolve(),
-        seed=config.run.seed,
-        total_updates=config.trainer.steps * config.trainer.updates_per_step,
-        clip=config.critic.clip,
-    )
-    return await CriticGroup.start(spec, share(config.cluster.critic))
-
-
-async def start_reference(config: Config, media_folder: Path) -> ReferencePool:
-    """The reference servers."""
-    from actors.reference_pool import ReferencePool, ReferenceSpec
-
-    spec = ReferenceSpec(
-        model=config.model,
-        config=config.reference,
-        deadlines=config.deadlines,
-        temperature=config.rollout.sampling.temperature,
-        media_folder=media_folder.resolve(),
-    )
-    return await ReferencePool.start(spec, share(config.cluster.reference))
-
-
-async def start_generator(config: Config, media_folder: Path, name: str) -> GeneratorHandle:
-    """One generator."""
-    from actors.generator.handle import GeneratorHandle
-    from actors.generator.spec import GeneratorSpec
-
-    spec = GeneratorSpec(
-        model=config.model,
-        config=config.generator,
-        deadlines=config.deadlines,
-        media_folder=media_folder.resolve(),
-        name=name,
-        seed=config.run.seed,
-        weights=config.weights,
-    )
-    return await GeneratorHandle.start(spec, share(config.cluster.generator))
-
-
-async def start_reward(config: Config, media_folder: Path) -> RewardHandle:
-    """The reward server."""
-    from actors.reward.server import RewardSpec, start_reward_server
-
-    spec = RewardSpec(config.reward, media_folder.resolve())
-    return await start_reward_server(spec, share(config.cluster.reward), deadline_s=config.deadlines.start_s)
+async def _stop(starts: list[asyncio.Task[RunningRole]], stop_s: float) -> None:
+    """Cut the starts that are under way, then stop what runs. Each of the two gets at most twice `stop_s`."""
+    for start in starts:
+        start.cancel()
+    if starts:
+        await asyncio.wait(starts, timeout=2 * stop_s)
+    running = [start.result() for start in starts if start.done() and not start.cancelled() and not start.exception()]
+    stops = [asyncio.ensure_future(role.stop()) for role in running]
+    _, late = await asyncio.wait(stops, timeout=2 * stop_s) if stops else (set(), set())
+    for stop in late:
+        stop.cancel()
+    if late:
+        logger.warning("%d of %d roles did not stop within %g s", len(late), len(running), 2 * stop_s)
+    await asyncio.gather(*(stop for stop in stops if stop.done()), return_exceptions=True)

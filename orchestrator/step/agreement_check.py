@@ -1,7 +1,7 @@
-"""Whether trainer and generators still hold the same policy: their log-probabilities of the same tokens, compared.
+"""The agreement check compares the log-probabilities that generators and trainer give to the same sampled tokens.
 
-Synchronous training gets the comparison for nothing, since the trainer's first forward pass of a batch is at the
-version that sampled it. With stale samples it isn't, so a few completions are sampled for the purpose after each
+Synchronous training needs no extra samples: the trainer's first forward pass of a batch is at the version that sampled
+it. With stale samples that pass is at a later version, so a few completions are sampled for the check after each
 publication.
 """
 
@@ -23,11 +23,13 @@ from rollout.samples import Generation, TrainingSample
 if TYPE_CHECKING:
     from actors.trainer.policy import PolicyGroup
 
-CANARY_PROMPTS = 4
-CANARY_TOKENS = 16
+CHECK_PROMPTS = 4
+"""Prompts of one check."""
+CHECK_TOKENS = 16
+"""Longest completion of one check."""
 
 
-async def compare(
+async def measure_agreement(
     fleet: GeneratorFleet, policy: PolicyGroup, prompts: Sequence[Prompt], sampling: SamplingConfig, version: int
 ) -> dict[str, float]:
     """Sample a completion of each prompt and compare its log-probabilities with the trainer's own.
@@ -36,11 +38,12 @@ async def compare(
         `rollout/mismatch_kl`: KL(generator || trainer) by k3, nats, mean over the tokens; `rollout/max_logprob_gap`:
         the largest difference at one token, nats. Only tokens that `version` sampled count.
     Raises:
-        FailureError: a role failed, or no token was sampled by `version`.
+        FailureError: a role failed; no completion could be sampled (`no_agreement_check`); or no token was sampled by
+            `version` (`agreement_check_version`).
     """
-    short = sampling.model_copy(update={"max_tokens": min(sampling.max_tokens, CANARY_TOKENS)})
+    short = sampling.model_copy(update={"max_tokens": min(sampling.max_tokens, CHECK_TOKENS)})
     requests = (
-        fleet.generate(prompt, 1, short, index, f"canary-{version}-{index}") for index, prompt in enumerate(prompts)
+        fleet.generate(prompt, 1, short, index, f"agreement-{version}-{index}") for index, prompt in enumerate(prompts)
     )
     generations = await asyncio.gather(*requests)
     samples = [
@@ -49,13 +52,14 @@ async def compare(
         if isinstance(generation, Generation) and len(generation.completions[0])
     ]
     if not samples:
-        raise FailureError(Failure(FailureKind.INFRASTRUCTURE, "no_canary", "no canary sequence could be sampled"))
+        message = f"none of the {len(prompts)} prompts of the agreement check of version {version} got a completion"
+        raise FailureError(Failure(FailureKind.INFRASTRUCTURE, "no_agreement_check", message))
     own = np.concatenate(await policy.log_probs(samples))
     theirs = np.concatenate([s.behaviour_log_probs for s in samples])
     current = np.concatenate([s.policy_versions for s in samples]) == version
     if not current.any():
-        message = f"the fleet answered at another version than {version}, which it was told to serve"
-        raise FailureError(Failure(FailureKind.BUG, "canary_version", message))
+        message = f"the generators answered the agreement check at another version than the published {version}"
+        raise FailureError(Failure(FailureKind.BUG, "agreement_check_version", message))
     difference = (own - theirs)[current].astype(np.float64)
     return {
         "rollout/mismatch_kl": float(np.mean(np.expm1(difference) - difference)),
@@ -64,15 +68,15 @@ async def compare(
 
 
 def alarm(metrics: dict[str, float], config: WeightsConfig) -> str | None:
-    """What to say when trainer and generators disagree by more than the recipe allows; None while they agree."""
+    """The message where trainer and generators disagree by more than the recipe allows; None while they agree."""
     kl, gap = metrics.get("rollout/mismatch_kl", 0.0), metrics.get("rollout/max_logprob_gap", 0.0)
     if kl <= config.max_mismatch_kl and gap <= config.max_logprob_gap:
         return None
     return (
         f"trainer and generators disagree: mismatch KL {kl:.3g} nats a token (weights.max_mismatch_kl = "
         f"{config.max_mismatch_kl:g}), largest gap {gap:.3g} nats (weights.max_logprob_gap = "
-        f"{config.max_logprob_gap:g}). Usual causes: "
-        "weights that didn't arrive whole, another precision, or sampling with top_p or top_k"
+        f"{config.max_logprob_gap:g}). Usual causes are weights that did not arrive whole, another precision, and "
+        "sampling with top_p or top_k"
     )
 
 

@@ -1,4 +1,4 @@
-"""From scored groups to what the trainer learns from: samples, advantages, and the figures that describe a batch."""
+"""Turns scored groups into training samples with advantages, and computes the metrics of a batch."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from rollout.samples import Completion, FinishReason, Score, ScoredGroup, Traini
 
 @dataclass(frozen=True)
 class Appraisal:
-    """A batch, and what was found of it.
+    """The result of appraising one batch.
 
     Attributes:
         samples: with advantages.
-        metrics: of rewards and advantages.
-        component_means: mean reward by component, what multipliers learn from.
+        metrics: of rewards and multipliers.
+        component_means: mean reward by component, from which multipliers are updated.
     """
 
     samples: list[TrainingSample]
@@ -102,7 +102,7 @@ def components_of(scores: Sequence[Score], weights: dict[str, float]) -> Compone
     Args:
         weights: by the label of the component in the recipe.
     Raises:
-        ValueError: a reward is of no component of the recipe; names it.
+        ValueError: a reward belongs to no component of the recipe; names it.
     """
     parts = [score.components for score in scores]
     names = tuple(sorted({name for part in parts for name in part}))
@@ -121,16 +121,18 @@ def _weight_of(name: str, weights: dict[str, float]) -> float:
     for label in sorted(weights, key=len, reverse=True):
         if name == label or name.startswith(f"{label}/"):
             return weights[label]
-    raise ValueError(f"the reward {name!r} is of none of reward.components: {', '.join(weights)}")
+    raise ValueError(f"the reward {name!r} belongs to none of reward.components: {', '.join(weights)}")
 
 
 class Appraiser:
-    """Makes advantages of a batch's rewards as the recipe says: combination, shapes, KL, estimator, weighting."""
+    """Computes advantages from rewards as the recipe says: combination, shaping, KL, estimator, weighting."""
 
     def __init__(self, config: Config, multipliers: dict[str, float] | None = None) -> None:
-        """Args:
-        config: the recipe; the user's own methods must have been imported.
-        multipliers: state of the multipliers of constrained rewards, from a checkpoint.
+        """The appraiser of a run.
+
+        Args:
+            config: the recipe; the user's own methods must have been imported.
+            multipliers: state of the multipliers of constrained rewards, from a checkpoint.
         """
         self._algorithm = config.algorithm
         self._max_tokens = config.rollout.sampling.max_tokens
@@ -153,11 +155,11 @@ class Appraiser:
         return multipliers.restored(state) if state else multipliers
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
+        """The multipliers' state, for a checkpoint."""
         return {} if self._multipliers is None else self._multipliers.state()
 
     def learned(self, appraisal: Appraisal) -> None:
-        """The policy has learned from the batch: multipliers move with what it was worth."""
+        """The policy has learned from the batch: update the multipliers by its component means."""
         if self._multipliers is not None:
             self._multipliers = self._multipliers.update(appraisal.component_means)
 
@@ -330,7 +332,7 @@ def _answers(groups: Sequence[ScoredGroup], pattern: str | None) -> Tensor:
 
 
 def batch_metrics(groups: Sequence[ScoredGroup], version: int) -> dict[str, float]:
-    """What a batch looks like: rewards, lengths, staleness. `version` is the policy version that learns from it."""
+    """Rewards, lengths and staleness of a batch. `version` is the policy version that learns from it."""
     group = torch.tensor([i for i, g in enumerate(groups) for _ in g.scores])
     flat = np.array([s.value for g in groups for s in g.scores], dtype=np.float64)
     completions = [c for g in groups for c in g.generation.completions]

@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: what the policy is worth now, with an interval, and what could not be judged."""
+"""Evaluation on held-out prompts: the mean reward with an interval, and the prompts that could not be judged."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from rollout.samples import Generation, ScoredGroup
 
 Mode = Literal["greedy", "sampled"]
 IN_FLIGHT = 512
-"""Prompts under way at once."""
+"""Prompts that are generated or judged at once."""
 MAX_ATTEMPTS = 3
-"""Tries of one prompt's generation."""
+"""Attempts at generating for one prompt."""
 MAX_FAILED_SHARE = 0.1
-"""An evaluation with more failed prompts than this says nothing about the rest."""
+"""An evaluation with a larger share of failed prompts is an error."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Evaluation:
         mode: greedy or sampled decoding.
         version: the policy version.
         result: mean, interval and components over the prompts that were judged.
-        failed: prompts that could not be generated or judged, by reason. They are in no mean.
+        failed: prompts that could not be generated or judged, by reason. No mean includes them.
         rows: the first completions, always of the same prompts.
         seconds: wall time.
     """
@@ -72,7 +72,8 @@ async def evaluate(
         seed: prompt k is sampled with seed + k, so that evaluations of two versions differ by the policy alone.
         shown: how many completions to return as rows.
     Raises:
-        FailureError: more than a tenth of the prompts failed, no generator is left, or something of ours is broken.
+        FailureError: more than a tenth of the prompts failed (`evaluation_failed`), no generator is left
+            (`no_generator`), or a role has a defect.
     """
     started = time.monotonic()
     if mode == "greedy":
@@ -105,7 +106,7 @@ async def evaluate(
 async def _generate(
     fleet: GeneratorFleet, prompt: Prompt, sampling: SamplingConfig, seed: int, name: str
 ) -> Generation | Failure:
-    """One completion; what died with its generator is sampled anew, elsewhere if possible."""
+    """One completion. A request that died with its generator is sent again, to another generator if possible."""
     for attempt in range(MAX_ATTEMPTS):
         try:
             return await fleet.generate(prompt, 1, sampling, seed, f"{name}-{attempt}-{time.monotonic_ns()}")

@@ -1,4 +1,4 @@
-"""Brings the trainer's weights to the generators, with proof that they arrived."""
+"""Publishes the trainer's weights to the generators, with proof that they arrived."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from actors.weights.canary import TEXT_CANARY
-from orchestrator.roles.fleet import DISAGREEMENT, GeneratorFleet, Publication
+from orchestrator.roles.delivery import Publication
+from orchestrator.roles.fleet import DISAGREEMENT, GeneratorFleet
 from rollout.failures import FailureError
 from rollout.prompts import Prompt
 
@@ -18,20 +19,20 @@ if TYPE_CHECKING:
 
 
 def proof_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """Prompts of so many canaries: one without media, the others from the data."""
+    """Prompts of so many canaries: one without media, the others from the training prompts."""
     return [TEXT_CANARY, *prompts][:count]
 
 
 async def publish(policy: PolicyGroup, fleet: GeneratorFleet, version: int, canaries: Sequence[Prompt]) -> Publication:
-    """Bring the weights as they are now to every generator, as this policy version.
+    """Publish the current weights to every generator as this policy version.
 
-    The trainer computes what generators must reproduce while they receive the version.
+    While the generators receive the version, the trainer computes the log-probabilities that they must reproduce.
 
     Args:
-        canaries: prompts of the proof; none for proof by digest alone.
+        canaries: prompts of the canaries; empty for a proof by digest alone.
     Raises:
-        FailureError: a role was lost, or a generator disagrees for good; then the verdict says whether the trainer's
-            own weights are what was published.
+        FailureError: a role was lost; or a generator still disagrees after a full resend and a restart
+            (`weights_disagree`), and the message says whether the trainer's own weights are what was published.
     """
     offer = await policy.publish(version)
     push = None if policy.spec.weights.backend == "zmq" else partial(policy.push, version)
@@ -47,5 +48,5 @@ async def publish(policy: PolicyGroup, fleet: GeneratorFleet, version: int, cana
 
 def _explanation(different: Sequence[str]) -> str:
     if different:
-        return f"The trainer's own {', '.join(different[:20])} aren't what was published."
-    return "All that was published is what the trainer has, so the two compute differently with the same weights."
+        return f"The trainer's own tensors {', '.join(different[:20])} differ from what was published."
+    return "All published tensors are equal to the trainer's, so the two compute differently with the same weights."

@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Measures where the wall time of a step goes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Wall time of one step by what was waited for. Whatever isn't named is orchestration: "other"."""
+    """Wall time of one step by the name of what was waited for. The rest of the step is "other"."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -28,10 +28,10 @@ class Stopwatch:
         self._spent[name] = self._spent.get(name, 0.0) + seconds
 
     def metrics(self) -> dict[str, float]:
-        """Seconds under "time/<name>_s", the step's in all, and what is left as "time/other_s"."""
+        """Seconds by name ("time/<name>_s"), of the whole step ("time/step_s") and of the rest ("time/other_s")."""
         total = time.monotonic() - self._started
         return self.named() | {"time/step_s": total, "time/other_s": max(0.0, total - sum(self._spent.values()))}
 
     def named(self) -> dict[str, float]:
-        """Seconds under "time/<name>_s", of what was named alone."""
+        """Seconds by name ("time/<name>_s")."""
         return {f"time/{name}_s": seconds for name, seconds in self._spent.items()}

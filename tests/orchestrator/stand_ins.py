@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.config import WeightsConfig
+from actors.config import DeadlineConfig, RestartsConfig, WeightsConfig
 from actors.weights.canary import Canaries, CanaryReport, CanarySequence, compare_canaries
 from actors.weights.manifest import WeightsPart
 from actors.weights.offer import PartOffer, WeightsOffer, WeightsReceipt
@@ -23,6 +23,9 @@ from rollout.prompts import Message, Prompt, TextPart
 from rollout.samples import Completion, FinishReason, Generation, Score, TrainingSample
 
 DEADLINE_S = 10.0
+DEADLINES = DeadlineConfig(start_s=DEADLINE_S, score_s=DEADLINE_S, stop_s=1.0)
+AT_ONCE = RestartsConfig(backoff_s=0.0)
+"""Restarts without a pause."""
 PROMPT_TOKENS = np.arange(3, dtype=np.int32)
 
 
@@ -65,7 +68,7 @@ def infrastructure(reason: str = "generator_died") -> FailureError:
 
 
 class Generator:
-    """A generator's handle. Answers when its gate is open; dies when told to, with what it holds."""
+    """A generator's handle. It answers while its gate is open, and dies with its requests when told to."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -211,7 +214,7 @@ class Policy:
         self.acts: list[str] = []
         self.raises: dict[str, Exception] = {}
         self.different: list[str] = []
-        """Tensors that aren't what was published."""
+        """Tensors that differ from what was published."""
         self.gate = asyncio.Event()
         self.gate.set()
         self.spec = SimpleNamespace(weights=WeightsConfig())
@@ -280,7 +283,7 @@ async def scorer_of(server: RewardServer, events: Events) -> Rewards:
     async def launch() -> Any:
         return server
 
-    scorer = Rewards(launch, deadline_s=DEADLINE_S, stop_s=1.0, on_event=events)
+    scorer = Rewards(launch, restarts=AT_ONCE, deadlines=DEADLINES, on_event=events)
     await scorer.start()
     return scorer
 

@@ -117,7 +117,7 @@ def test_a_misspelt_option_is_named(recipe: str, calls: list[tuple[str, Any]]) -
 def test_resuming_without_a_run_exits_with_2(recipe: str, calls: list[tuple[str, Any]]) -> None:
     result = run("train", recipe, "--resume")
     assert result.exit_code == 2
-    assert "holds no run to go on with" in result.stderr
+    assert "holds no run to continue" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Any]]:
                 rollouts,
                 cursor,
                 list(prompts.prompts[:held_out]),
+                list(prompts.prompts[:1]),
                 list(prompts.prompts[:2]),
                 make_kl_controller(config.algorithm.kl),
                 Appraiser(config, state.multipliers or None),
@@ -141,7 +142,7 @@ async def test_with_staleness_one_generation_goes_on_during_the_update(make: Cal
     training = asyncio.ensure_future(run.training.train())
     await until(lambda: "update" in run.policy.acts)
     (generator,) = run.generators.started
-    await until(lambda: sum(not text.startswith("canary") for text, _, _ in generator.requests) >= 4)
+    await until(lambda: len(generator.requests) >= 4 + 2)
     assert run.policy.updates == []
     run.policy.gate.set()
     await training
@@ -166,7 +167,7 @@ async def test_the_agreement_of_trainer_and_generators_is_told_at_every_stalenes
             assert told["rollout/mismatch_kl"] == 0.0
 
 
-async def test_a_canary_lost_with_its_generator_leaves_no_figure_and_does_not_stop_the_run(
+async def test_an_agreement_check_lost_with_a_generator_leaves_no_figure_and_does_not_stop_the_run(
     make: Callable[..., Any],
 ) -> None:
     run = await make(rollout__max_staleness=1)
@@ -178,7 +179,7 @@ async def test_a_canary_lost_with_its_generator_leaves_no_figure_and_does_not_st
     await run.training.train()
     await run.training.stop()
     assert all("rollout/mismatch_kl" not in told for told in steps(run.folder).values())
-    assert len(rows(run.folder, "events", "no_canary")) == 3
+    assert len(rows(run.folder, "events", "no_agreement_check")) == 3
 
 
 async def test_an_alarm_stops_the_run_where_the_recipe_says_so(make: Callable[..., Any]) -> None:

@@ -27,7 +27,9 @@ from actors.generator.spec import GeneratorSpec
 from actors.weights.canary import TEXT_CANARY, Canaries
 from actors.weights.pull.publisher import WeightPublisher
 from actors.weights.source import PolicyPartSource, module_tensors
-from orchestrator.roles.fleet import NO_GENERATOR, GeneratorFleet, Health, Member, Publication
+from orchestrator.roles.delivery import Publication
+from orchestrator.roles.fleet import NO_GENERATOR, GeneratorFleet
+from orchestrator.roles.members import Health, Member
 from rollout.config import SamplingConfig
 from rollout.encoding import PromptEncoder
 from rollout.failures import FailureError, FailureKind

@@ -16,7 +16,7 @@ from orchestrator.checkpoints import STATE
 from orchestrator.config import cross_checks
 from orchestrator.config.schema import Config, SFTConfig
 from orchestrator.preflight import checks as module
-from orchestrator.preflight.checks import memory_estimate, preflight
+from orchestrator.preflight.checks import preflight
 
 REWARD = """
 from reward.registry import reward_function
@@ -117,7 +117,7 @@ def test_a_multimodal_model_needs_its_processor(tree: dict[str, Any], model: Pat
 def test_weights_that_are_cut_off_are_an_error(tree: dict[str, Any], model: Path) -> None:
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
-    assert "is not a whole safetensors file" in errors(tree)[0]
+    assert "is not a complete safetensors file" in errors(tree)[0]
 
 
 def test_a_shard_that_is_missing_is_named(tree: dict[str, Any], model: Path) -> None:
@@ -214,7 +214,7 @@ def test_an_existing_run_is_not_overwritten(tree: dict[str, Any], tmp_path: Path
 
 
 def test_resuming_where_no_run_is_is_an_error(tree: dict[str, Any]) -> None:
-    assert "holds no run to go on with" in errors(tree, resume=True)[0]
+    assert "holds no run to continue" in errors(tree, resume=True)[0]
 
 
 def test_a_run_cut_before_its_first_checkpoint_starts_over_when_resumed(tree: dict[str, Any], tmp_path: Path) -> None:
@@ -255,50 +255,10 @@ def test_a_disk_too_small_for_the_checkpoints_is_an_error(tree: dict[str, Any]) 
     assert "GiB free" in errors(tree)[0]
 
 
-def test_too_little_memory_is_warned_of(tree: dict[str, Any]) -> None:
-    tree["generator"]["kv_cache_gib"] = 1e6
-    assert any("GiB of memory are available" in message for message in warned(tree))
-
-
-def test_memory_of_the_trainer_is_sixteen_bytes_a_parameter_in_float32(tree: dict[str, Any]) -> None:
-    tree["model"]["precision"] = "float32"
-    config = loaded(tree)
-    # Parameters, gradients and AdamW's two moments at 4 bytes, the published version and the generator's weights at 4.
-    assert memory_estimate(config, 1000) - memory_estimate(config, 0) == 1000 * (16 + 4 + 4)
-
-
-@pytest.mark.parametrize(("lora", "copies"), [(None, 3), ({"sync": "merged"}, 3), ({"sync": "adapter"}, 0)])
-def test_versions_that_are_staged_take_a_second_copy_in_each_generator(
-    tree: dict[str, Any], lora: dict[str, Any] | None, copies: int
-) -> None:
-    tree["model"]["lora"] = lora
-    tree["generator"]["replicas"] = 3
-    tree["weights"] = {"stage_from_mib": 64}
-    staged, parameters = Config.model_validate(tree), (64 << 20) // 2
-    in_place = Config.model_validate(tree | {"weights": {"stage_from_mib": None}})
-    assert memory_estimate(staged, parameters) - memory_estimate(in_place, parameters) == copies * (64 << 20)
-    assert memory_estimate(staged, parameters - 1) == memory_estimate(in_place, parameters - 1)
-
-
-@pytest.mark.parametrize(("zero_stage", "copies"), [(0, 2), (2, 2), (3, 1)])
-def test_memory_of_a_trainer_of_adapters_is_its_weights_on_each_rank_or_sharded_with_zero_3(
-    tree: dict[str, Any], zero_stage: int, copies: int
-) -> None:
-    tree["model"] |= {"precision": "float32", "lora": {}}
-    tree["trainer"] = {"ranks": 2, "zero_stage": zero_stage}
-    config = loaded(tree)
-    assert memory_estimate(config, 1000) - memory_estimate(config, 0) == 1000 * (4 * copies + 4 + 4)
-
-
 def test_checkpoints_of_adapters_need_no_disk_for_the_model(tree: dict[str, Any]) -> None:
     tree["checkpoint"] = {"keep": 10**12}
     tree["model"]["lora"] = {}
     assert errors(tree) == []
-
-
-def test_gpus_that_are_not_there_are_an_error(tree: dict[str, Any]) -> None:
-    tree["cluster"] = {"generator": {"gpus": 500}}
-    assert "cluster asks for 500 GPUs" in errors(tree)[0]
 
 
 def _closed_port() -> int:
@@ -349,3 +309,21 @@ def test_prompts_to_imitate_need_an_answer(tree: dict[str, Any]) -> None:
     assert not [f for f in preflight(SFTConfig.model_validate(supervised)) if f.severity == "error"]
     found = preflight(SFTConfig.model_validate({**supervised, "sft": {"response_key": "answer"}}))
     assert "its metadata holds response" in next(f.message for f in found if f.severity == "error")
+
+
+def test_supervised_fine_tuning_needs_a_run_folder_of_its_own_and_room_for_its_checkpoints(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    supervised = {key: tree[key] for key in ("run", "model", "data")}
+
+    def refused(*, resume: bool = False, **more: Any) -> list[str]:
+        found = preflight(SFTConfig.model_validate(supervised | more), resume=resume)
+        return [finding.message for finding in found if finding.severity == "error"]
+
+    assert "holds no run to continue" in refused(resume=True)[0]
+    assert "GiB free" in refused(checkpoint={"keep": 10**12})[0]
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000005"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / STATE).write_text("{}")
+    assert "already holds a run (checkpoint of step 5)" in refused()[0]
+    assert refused(resume=True) == []

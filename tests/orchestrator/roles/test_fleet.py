@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from actors.weights.canary import Canaries, CanaryReport
 from actors.weights.offer import WeightsReceipt
-from orchestrator.roles.fleet import MAX_RESTARTS, NO_GENERATOR, Health
+from orchestrator.roles.fleet import MAX_RESTARTS, NO_GENERATOR, GeneratorFleet
+from orchestrator.roles.members import Health
 from rollout.config import SamplingConfig
 from rollout.failures import FailureError, FailureKind
-from tests.orchestrator.stand_ins import Events, Generator, canaries, fleet_of, infrastructure, offer, prompt, until
+from tests.orchestrator.stand_ins import (
+    DEADLINE_S,
+    Events,
+    Generator,
+    Generators,
+    canaries,
+    fleet_of,
+    infrastructure,
+    offer,
+    prompt,
+    until,
+)
 
 SAMPLING = SamplingConfig()
 
@@ -161,6 +174,21 @@ async def test_a_restart_that_takes_too_long_ends_in_a_verdict() -> None:
         await fleet.generate(prompt("0"), 1, SAMPLING, 0, "0")
     assert caught.value.failure.reason == NO_GENERATOR
     await fleet.stop()
+
+
+async def test_when_one_generator_does_not_start_the_others_are_stopped() -> None:
+    generators = Generators()
+
+    async def launch(name: str) -> Any:
+        if name == "generator-1":
+            await until(lambda: generators.started)
+            raise infrastructure("engine_start_failed")
+        return await generators.launch(name)
+
+    fleet = GeneratorFleet(launch, DEADLINE_S, Events())
+    with pytest.raises(FailureError, match="engine_start_failed"):
+        await fleet.start(3)
+    assert [generator.is_stopped for generator in generators.started] == [True, True]
 
 
 async def test_stopping_ends_every_generator_and_every_restart() -> None:

@@ -1,4 +1,4 @@
-"""The reference as one voice: its servers may die, its samples may be at fault, and it may be lost for good."""
+"""The reference: its servers may die, its samples may be at fault, and it may be lost for good."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.roles.reference import MAX_RESTARTS, Reference
+from orchestrator.roles.reference import Reference
 from rollout.failures import Failure, FailureError, FailureKind
-from tests.orchestrator.stand_ins import Events, infrastructure
+from tests.orchestrator.stand_ins import AT_ONCE, DEADLINES, Events, infrastructure
 
 
 class Pool:
@@ -39,7 +39,7 @@ async def started(pool: Pool) -> tuple[Reference, Events, list[int]]:
         launches.append(1)
         return pool
 
-    reference = Reference(launch, on_event=events)
+    reference = Reference(launch, restarts=AT_ONCE, deadlines=DEADLINES, on_event=events)
     await reference.start()
     return reference, events, launches
 
@@ -69,6 +69,7 @@ async def test_samples_at_fault_are_not_tried_again() -> None:
 
 async def test_a_reference_that_keeps_dying_ends_the_run() -> None:
     reference, _, launches = await started(Pool([infrastructure("reference_died") for _ in range(20)]))
-    with pytest.raises(FailureError, match=f"lost {MAX_RESTARTS + 1} times"):
+    with pytest.raises(FailureError, match=f"{AT_ONCE.budget + 1} times") as caught:
         await reference.log_probs([])
-    assert len(launches) == 1 + MAX_RESTARTS
+    assert (caught.value.failure.kind, caught.value.failure.reason) == (FailureKind.INFRASTRUCTURE, "reference_lost")
+    assert len(launches) == 1 + AT_ONCE.budget

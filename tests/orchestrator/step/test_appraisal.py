@@ -197,5 +197,5 @@ def test_a_reward_of_no_component_of_the_recipe_gets_no_weight_made_up_for_it() 
     groups = [
         scored("a", [{"part": 1.0, "stray": 1.0}, {"part": 0.0, "stray": 2.0}], [completion("x"), completion("y")])
     ]
-    with pytest.raises(ValueError, match=r"the reward 'stray' is of none of reward\.components: part"):
+    with pytest.raises(ValueError, match=r"the reward 'stray' belongs to none of reward\.components: part"):
         appraise(as_samples(groups), groups)
