@@ -228,7 +228,7 @@ async def _evaluate(config: Config, checkpoint: Path | None) -> int:
         for mode in config.evaluation.modes:
             found = await evaluate_prompts(
                 roles.fleet,
-                roles.scorer,
+                roles.rewards,
                 data.held_out.prompts,
                 config.evaluation.sampling,
                 mode,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from actors.calls import ActorResources
 from orchestrator.checkpoints import CRITIC, POLICY, Checkpoints, RunState
 from orchestrator.cluster import ray_cluster
-from orchestrator.config.schema import Config, RoleResources
+from orchestrator.config.schema import Config, RoleResources, SFTConfig
 from orchestrator.roles.fleet import GeneratorFleet
 from orchestrator.roles.reference import Reference
 from orchestrator.roles.rewards import Rewards
@@ -51,10 +51,10 @@ class Data:
 class Roles:
     """The roles of a run, started."""
 
-    policy: PolicyGroup
-    fleet: GeneratorFleet
+    policy: Any
+    fleet: Any
     reference: Reference | None
-    scorer: Rewards
+    rewards: Any
     critic: CriticGroup | None
 
 
@@ -146,7 +146,7 @@ def _training(
         seed=config.run.seed,
         cursor=cursor,
         fleet=roles.fleet,
-        scorer=roles.scorer,
+        scorer=roles.rewards,
         ledger=ledger,
         on_event=telemetry.event,
         with_greedy=Need.GREEDY_REWARDS in needs(config.algorithm),
@@ -156,7 +156,7 @@ def _training(
         roles.policy,
         roles.fleet,
         roles.reference,
-        roles.scorer,
+        roles.rewards,
         roles.critic,
         rollouts,
         cursor,
@@ -171,45 +171,58 @@ def _training(
 
 
 @contextlib.asynccontextmanager
-async def start_roles(config: Config, media_folder: Path, on_event: Callable[..., None]) -> AsyncIterator[Roles]:
-    """Start every role side by side; stop every one of them at the end, also those of a start that failed.
+async def start_roles(
+    config: Config | SFTConfig,
+    media_folder: Path,
+    on_event: Callable[..., None],
+    names: Sequence[str] | None = None,
+) -> AsyncIterator[Roles]:
+    """Start roles side by side; stop every one of them at the end, also those of a start that failed.
 
+    Args:
+        names: which roles; None for all that the configuration needs.
     Raises:
         FailureError: a role didn't start; says which and why.
     """
-    fleet = GeneratorFleet(
-        lambda name: start_generator(config, media_folder, name),
-        config.deadlines.start_s,
-        on_event,
-        config.weights.grace_s,
-    )
-    scorer = Rewards(
-        lambda: start_reward(config, media_folder),
-        deadline_s=config.deadlines.score_s,
-        stop_s=config.deadlines.stop_s,
-        on_event=on_event,
-    )
-    reference = None
-    if config.algorithm.kl.coefficient > 0:
-        reference = Reference(lambda: start_reference(config, media_folder), on_event=on_event)
-    import_modules(config.algorithm.modules)  # the driver makes the advantages
-    policy = asyncio.create_task(start_policy(config, media_folder))
-    critic = asyncio.create_task(start_critic(config, media_folder))
-    others = [asyncio.create_task(fleet.start(config.generator.replicas)), asyncio.create_task(scorer.start())]
-    if reference is not None:
-        others.append(asyncio.create_task(reference.start()))
-    starts: list[asyncio.Task[Any]] = [policy, critic, *others]
+    wanted = set(names or ("policy", "critic", "generator", "reference", "reward"))
+    fleet = scorer = reference = None
+    starts: dict[str, asyncio.Task[Any]] = {"policy": asyncio.create_task(start_policy(config, media_folder))}
+    if isinstance(config, Config):
+        if "generator" in wanted:
+            fleet = GeneratorFleet(
+                lambda name: start_generator(config, media_folder, name),
+                config.deadlines.start_s,
+                on_event,
+                config.weights.grace_s,
+            )
+            starts["generator"] = asyncio.create_task(fleet.start(config.generator.replicas))
+        if "reward" in wanted:
+            scorer = Rewards(
+                lambda: start_reward(config, media_folder),
+                deadline_s=config.deadlines.score_s,
+                stop_s=config.deadlines.stop_s,
+                on_event=on_event,
+            )
+            starts["reward"] = asyncio.create_task(scorer.start())
+        if "reference" in wanted and config.algorithm.kl.coefficient > 0:
+            reference = Reference(lambda: start_reference(config, media_folder), on_event=on_event)
+            starts["reference"] = asyncio.create_task(reference.start())
+        import_modules(config.algorithm.modules)  # the driver makes the advantages
+        if "critic" in wanted:
+            starts["critic"] = asyncio.create_task(start_critic(config, media_folder))
     try:
-        await asyncio.gather(*starts)
-        yield Roles(policy.result(), fleet, reference, scorer, critic.result())
+        await asyncio.gather(*starts.values())
+        critic = starts["critic"].result() if "critic" in starts else None
+        yield Roles(starts["policy"].result(), fleet, reference, scorer, critic)
     finally:
-        for start in starts:
+        for start in starts.values():
             start.cancel()
-        learners = (await asyncio.gather(*starts, return_exceptions=True))[:2]
-        roles = (fleet, scorer, reference, *(each for each in learners if not isinstance(each, BaseException)))
+        ended = await asyncio.gather(*starts.values(), return_exceptions=True)
+        learners = [each for name, each in zip(starts, ended, strict=True) if name in ("policy", "critic")]
+        started = (fleet, scorer, reference, *(each for each in learners if not isinstance(each, BaseException)))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2 * config.deadlines.stop_s):
-                await asyncio.gather(*(voice.stop() for voice in roles if voice is not None), return_exceptions=True)
+                await asyncio.gather(*(role.stop() for role in started if role is not None), return_exceptions=True)
 
 
 def share(role: RoleResources) -> ActorResources:
@@ -217,21 +230,22 @@ def share(role: RoleResources) -> ActorResources:
     return ActorResources(role.cpus, role.gpus, role.custom)
 
 
-async def start_policy(config: Config, media_folder: Path) -> PolicyGroup:
+async def start_policy(config: Config | SFTConfig, media_folder: Path) -> PolicyGroup:
     """The trainer's ranks."""
     from actors.trainer.policy import PolicyGroup, PolicySpec
+    from algorithms.config import AlgorithmConfig
 
+    is_rl = isinstance(config, Config)
     spec = PolicySpec(
         model=config.model,
         trainer=config.trainer,
-        algorithm=config.algorithm,
+        algorithm=config.algorithm if is_rl else AlgorithmConfig(loss="nll"),
         deadlines=config.deadlines,
-        temperature=config.rollout.sampling.temperature,
+        temperature=config.rollout.sampling.temperature if is_rl else 1.0,
         media_folder=media_folder.resolve(),
         seed=config.run.seed,
         total_updates=config.trainer.steps * config.trainer.updates_per_step,
-        reference=config.reference.path,
-        weights=config.weights,
+        **({"reference": config.reference.path, "weights": config.weights} if is_rl else {}),
     )
     return await PolicyGroup.start(spec, share(config.cluster.policy))
 
