@@ -40,7 +40,7 @@ def document() -> str:
         *_sections(Config, Config),
         "## Supervised fine-tuning\n",
         "`counterpoint sft` knows the sections above named "
-        + ", ".join(f"`{name}`" for name in SFTConfig.model_fields if name in Config.model_fields)
+        + ", ".join(_shared(name) for name in SFTConfig.model_fields if name in Config.model_fields)
         + ", and:\n",
         *(part for name, part in _by_section(SFTConfig) if name not in Config.model_fields),
     ]
@@ -49,6 +49,14 @@ def document() -> str:
 
 def _sections(schema: Schema, known: Schema) -> list[str]:
     return [part for name, part in _by_section(schema) if name in known.model_fields]
+
+
+def _shared(name: str) -> str:
+    """A section that both schemas have; its settings are named where the supervised one has only some of them."""
+    supervised, trained = (section(schema.model_fields[name].annotation) for schema in (SFTConfig, Config))
+    if supervised is None or trained is None or supervised.model_fields.keys() == trained.model_fields.keys():
+        return f"`{name}`"
+    return f"`{name}` (only {', '.join(f'`{each}`' for each in supervised.model_fields)})"
 
 
 def _by_section(schema: Schema) -> list[tuple[str, str]]:

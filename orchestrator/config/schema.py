@@ -76,13 +76,18 @@ class EvaluationConfig(BaseModel):
     sampling: SamplingConfig = Field(SamplingConfig(), description="Of the sampled mode; greedy sets temperature 0.")
 
 
-class CheckpointConfig(BaseModel):
-    """When checkpoints are written and which are kept."""
+class CheckpointSchedule(BaseModel):
+    """When checkpoints are written and how many are kept."""
 
     model_config = STRICT
 
     every_steps: int = Field(20, ge=1, description="Write one every so many steps, and at the end.")
     keep: int = Field(2, ge=1, description="Whole checkpoints kept, besides the best.")
+
+
+class CheckpointConfig(CheckpointSchedule):
+    """When checkpoints of reinforcement learning are written, and which is the best."""
+
     metric: str = Field(
         "eval/greedy/reward",
         description="Metric the best checkpoint is chosen by, higher is better; without evaluation the latest counts.",
@@ -163,6 +168,11 @@ class Config(BaseModel):
         return self.algorithm.advantage in ADVANTAGE_ESTIMATORS and Need.VALUES in choices.needs(self.algorithm)
 
     @property
+    def export_folder(self) -> Path | None:
+        """Where the trained policy is written as a Hugging Face folder, or None where the recipe wants none."""
+        return self.run.folder / "export" if self.checkpoint.export else None
+
+    @property
     def best_metric(self) -> str | None:
         """The metric the best checkpoint is chosen by, or None where nothing is evaluated."""
         return self.checkpoint.metric if self.data.evaluation is not None else None
@@ -198,6 +208,7 @@ class SFTConfig(BaseModel):
     data: DataConfig
     sft: SupervisedConfig = SupervisedConfig()
     trainer: TrainerConfig = TrainerConfig()
+    checkpoint: CheckpointSchedule = CheckpointSchedule()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
     deadlines: DeadlineConfig = DeadlineConfig()

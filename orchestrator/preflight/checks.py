@@ -183,8 +183,6 @@ def _check_run_folder(config: Config | SFTConfig, resume: bool) -> Iterator[Find
     except OSError as error:
         yield Finding("error", f"run.folder = {folder} can't be written to ({error.strerror}). Choose another.")
         return
-    if isinstance(config, SFTConfig):
-        return
     latest = Checkpoints(folder, keep=config.checkpoint.keep).latest()
     if latest is None:
         yield from _check_beginning(folder, resume)
@@ -231,7 +229,8 @@ def _check_disk(config: Config | SFTConfig, model: ModelFolder) -> Iterator[Find
     # Of adapters, which are small, checkpoints keep no more than themselves; a critic is trained whole.
     trained = int(config.model.lora is None) + int(isinstance(config, Config) and config.has_critic)
     checkpoint = trained * (weights + model.parameters * 12)  # float32 parameters and AdamW's two moments
-    kept = config.checkpoint.keep + 2 if isinstance(config, Config) else 0  # the best, and the one being written
+    best = int(isinstance(config, Config))  # kept besides the newest
+    kept = config.checkpoint.keep + best + 1  # and the one being written
     needed = kept * checkpoint + weights
     free = shutil.disk_usage(_existing(config.run.folder)).free
     if free < needed:

@@ -24,8 +24,12 @@ def plan_rows(config: Config | SFTConfig) -> list[tuple[str, str]]:
         ),
     ]
     if isinstance(config, SFTConfig):
-        return [*rows, ("batch", f"{config.sft.batch_size} samples"), ("export", str(config.export_folder))]
-    return [*rows, *_rollout_rows(config)]
+        rows += [("batch", f"{config.sft.batch_size} samples"), ("export", str(config.export_folder))]
+    else:
+        rows += _rollout_rows(config)
+    checkpoint = config.checkpoint
+    rows.append(("checkpoints", f"every {checkpoint.every_steps} steps, {checkpoint.keep} kept"))
+    return [*rows, ("cluster", config.cluster.address or "a local Ray")]
 
 
 def _data_rows(data: DataConfig) -> list[tuple[str, str]]:
@@ -79,8 +83,6 @@ def _rollout_rows(config: Config) -> list[tuple[str, str]]:
             else "none",
         ),
         ("evaluation", f"{modes}, {when}" if config.data.evaluation is not None else "none"),
-        ("checkpoints", f"every {config.checkpoint.every_steps} steps, {config.checkpoint.keep} kept"),
-        ("cluster", config.cluster.address or "a local Ray"),
     ]
 
 

@@ -342,3 +342,21 @@ def test_prompts_to_imitate_need_an_answer(tree: dict[str, Any]) -> None:
     assert not [f for f in preflight(SFTConfig.model_validate(supervised)) if f.severity == "error"]
     found = preflight(SFTConfig.model_validate({**supervised, "sft": {"response_key": "answer"}}))
     assert "its metadata holds response" in next(f.message for f in found if f.severity == "error")
+
+
+def test_supervised_fine_tuning_needs_a_run_folder_of_its_own_and_room_for_its_checkpoints(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    supervised = {key: tree[key] for key in ("run", "model", "data")}
+
+    def refused(*, resume: bool = False, **more: Any) -> list[str]:
+        found = preflight(SFTConfig.model_validate(supervised | more), resume=resume)
+        return [finding.message for finding in found if finding.severity == "error"]
+
+    assert "holds no run to go on with" in refused(resume=True)[0]
+    assert "GiB free" in refused(checkpoint={"keep": 10**12})[0]
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000005"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / STATE).write_text("{}")
+    assert "already holds a run (checkpoint of step 5)" in refused()[0]
+    assert refused(resume=True) == []
