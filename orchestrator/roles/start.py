@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.calls import ActorResources
+from actors.config import WeightsConfig
 from orchestrator.checkpoints import CRITIC, POLICY, Checkpoints, RunState
 from orchestrator.cluster import ray_cluster
 from orchestrator.config.schema import Config, RoleResources, SFTConfig
@@ -236,16 +237,18 @@ async def start_policy(config: Config | SFTConfig, media_folder: Path) -> Policy
     from algorithms.config import AlgorithmConfig
 
     is_rl = isinstance(config, Config)
+    rl: Any = config
     spec = PolicySpec(
         model=config.model,
         trainer=config.trainer,
-        algorithm=config.algorithm if is_rl else AlgorithmConfig(loss="nll"),
+        algorithm=rl.algorithm if is_rl else AlgorithmConfig(loss="nll"),
         deadlines=config.deadlines,
-        temperature=config.rollout.sampling.temperature if is_rl else 1.0,
+        temperature=rl.rollout.sampling.temperature if is_rl else 1.0,
         media_folder=media_folder.resolve(),
         seed=config.run.seed,
         total_updates=config.trainer.steps * config.trainer.updates_per_step,
-        **({"reference": config.reference.path, "weights": config.weights} if is_rl else {}),
+        reference=rl.reference.path if is_rl else None,
+        weights=rl.weights if is_rl else WeightsConfig(),
     )
     return await PolicyGroup.start(spec, share(config.cluster.policy))
 
