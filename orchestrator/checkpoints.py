@@ -53,7 +53,6 @@ class RunState(BaseModel):
         best: the best evaluation so far.
         evaluated: the version last evaluated; -1 for none.
         mlflow_run_id: MLflow run to go on with; None where the server was not reached yet.
-        rl_seconds: wall time of training steps so far, over all starts of the run.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -65,7 +64,6 @@ class RunState(BaseModel):
     best: BestMetric | None = None
     evaluated: int = -1
     mlflow_run_id: str | None = None
-    rl_seconds: float = 0.0
 
 
 class Checkpoints:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 from actors.trainer.critic import CriticGroup
 from actors.trainer.policy import PolicyGroup
@@ -19,6 +17,7 @@ from algorithms.kl import AdaptiveKL, FixedKL, needs_distributions
 from algorithms.registry import Need
 from orchestrator.checkpoints import BestMetric, Checkpoints, RunState
 from orchestrator.config.schema import Config
+from orchestrator.interruption import uninterrupted
 from orchestrator.record.run_record import sample_rows
 from orchestrator.roles.fleet import GeneratorFleet
 from orchestrator.roles.reference import Reference
@@ -45,7 +44,6 @@ from rollout.prompts import Prompt
 from rollout.samples import TrainingSample
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 @dataclass
@@ -130,7 +128,7 @@ class Training:
         if self.state.version > 0 and is_wanted and not self.checkpoints.holds(self.state.version):
             with watch("checkpoint"):
                 await uninterrupted(self.checkpoint())
-        self.telemetry.more(self.state.version, watch.named())
+        self.telemetry.further_metrics(self.state.version, watch.named())
 
     async def appraise(self, batch: Batch) -> Appraisal:
         """The batch as training samples with advantages, from the passes that the recipe's methods need."""
@@ -212,7 +210,6 @@ class Training:
         metrics |= batch_metrics(batch.groups, step - 1) | dropped_metrics(batch.dropped)
         metrics["rollout/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
         metrics["rollout/completions_per_s"] = metrics["rollout/completions"] / metrics["time/step_s"]
-        self.state.rl_seconds += metrics["time/step_s"]
         self.telemetry.step(step, metrics)
         if self.telemetry.wants_samples(step):
             size = self.config.rollout.group_size
@@ -267,13 +264,3 @@ class Training:
         save_critic = None if self.critic is None else self.critic.save
         path = await self.checkpoints.write(self.state, self.policy.save, save_critic)
         self.telemetry.event("checkpoint", step=self.state.version, path=str(path))
-
-
-async def uninterrupted(act: Coroutine[Any, Any, T]) -> T:
-    """Let an act end that would leave things half-done, even if the run is being stopped; then stop."""
-    task = asyncio.ensure_future(act)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await task
-        raise

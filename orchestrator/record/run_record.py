@@ -119,7 +119,7 @@ def sample_rows(group: ScoredGroup, advantages: Sequence[float] | None = None) -
     return rows
 
 
-class Record:
+class RunRecord:
     """Writes the record of one run. Not thread-safe; the loop owns it.
 
     With `resume_step`, rows of steps after it are removed first (each file at once or not at all), so that the steps
@@ -172,7 +172,7 @@ class Record:
         for file in self._files.values():
             file.close()
 
-    def __enter__(self) -> Record:
+    def __enter__(self) -> RunRecord:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

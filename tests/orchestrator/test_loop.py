@@ -16,9 +16,10 @@ from rich.console import Console
 from algorithms.kl import make_kl_controller
 from orchestrator.checkpoints import Checkpoints, RunState, read_state
 from orchestrator.config.schema import Config
-from orchestrator.loop import Training, uninterrupted
+from orchestrator.interruption import uninterrupted
+from orchestrator.loop import Training
 from orchestrator.record.progress import Progress
-from orchestrator.record.run_record import Record
+from orchestrator.record.run_record import RunRecord
 from orchestrator.step.appraisal import Appraiser
 from orchestrator.step.rollouts import Rollouts
 from orchestrator.telemetry import Telemetry
@@ -65,7 +66,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Any]]:
             latest = checkpoints.latest() if is_resumed else None
             state = read_state(latest) if latest else RunState()
             tracker = Tracker.start(config.tracking, tmp_path, "test", {})
-            record = stack.enter_context(Record(tmp_path, resume_step=state.version if is_resumed else None))
+            record = stack.enter_context(RunRecord(tmp_path, resume_step=state.version if is_resumed else None))
             progress = Progress(3, mode="quiet", console=Console(file=io.StringIO()))
             telemetry = Telemetry(config.tracking, record, tracker, progress, MediaStore(tmp_path / "media"))
             ledger = stack.enter_context(Ledger(tmp_path / "ledger.db"))
