@@ -44,6 +44,8 @@ def run_until_interrupted(command: Callable[[Interruption], Coroutine[Any, Any, 
         message: what the first Ctrl-C says.
     """
     interruption = Interruption()
+    by_force = threading.Timer(STOP_NOW_S, _end_process)
+    by_force.daemon = True
 
     async def main() -> int:
         task = asyncio.ensure_future(command(interruption))
@@ -57,7 +59,7 @@ def run_until_interrupted(command: Callable[[Interruption], Coroutine[Any, Any, 
                 task.cancel()
             elif interruption.times == 2:
                 logger.warning("stopping now")
-                _end_process_after(STOP_NOW_S)
+                by_force.start()
                 endings.add(asyncio.ensure_future(_cancel_until_done(task)))
 
         for sign in (signal.SIGINT, signal.SIGTERM):
@@ -73,7 +75,10 @@ def run_until_interrupted(command: Callable[[Interruption], Coroutine[Any, Any, 
             return INTERRUPTED
         return INTERRUPTED if interruption.stops_now else code
 
-    return asyncio.run(main())
+    try:
+        return asyncio.run(main())  # which waits for threads, too
+    finally:
+        by_force.cancel()
 
 
 async def uninterrupted(act: Coroutine[Any, Any, T]) -> T:
@@ -94,12 +99,6 @@ async def _cancel_until_done(task: asyncio.Task[int]) -> None:
     while not task.done():
         task.cancel()
         await asyncio.wait({task}, timeout=CANCEL_EVERY_S)
-
-
-def _end_process_after(seconds: float) -> None:
-    timer = threading.Timer(seconds, _end_process)
-    timer.daemon = True
-    timer.start()
 
 
 def _end_process() -> None:
