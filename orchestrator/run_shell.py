@@ -1,8 +1,8 @@
-"""What every kind of run shares, from the run folder to the report. What a kind does itself is in `run_kinds.py`.
+"""The run shell: what every kind of run shares, from the run folder to the report. `run_kinds.py` has the kinds.
 
-A run writes its resolved configuration, its record, MLflow and the terminal from here, goes on from a checkpoint,
-leaves one when it is cut short, and ends with a verdict, a report and an exit code: 0 for done, 1 for a run that failed
-with a verdict, 130 for one that Ctrl-C stopped.
+It saves the resolved configuration, opens the telemetry, continues from a checkpoint, writes a last checkpoint when a
+run is cut short, and ends with a verdict, a report and an exit code: 0 for done, 1 for a run that failed with a
+verdict, 130 for one that Ctrl-C stopped.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Samples:
 
 @dataclass
 class FineTuning:
-    """One fine-tuning run: its trainer, its samples, where it stands, and where it is recorded.
+    """One fine-tuning run: its trainer, its samples and its state.
 
     Attributes:
         config: the resolved recipe.
@@ -105,7 +105,7 @@ class FineTuning:
         self.telemetry.further_metrics(step, watch.named())
 
     async def checkpoint(self) -> None:
-        """Write where the run stands, so that it can go on with exactly the next samples."""
+        """Write a checkpoint, from which the run continues with exactly the next samples."""
         self.state.cursor = self.cursor.state()
         self.state.mlflow_run_id = self.telemetry.tracker.run_id
         path = await self.checkpoints.write(self.state, self.policy.save)
@@ -119,7 +119,7 @@ async def start_fine_tuning(
     """Start everything a fine-tuning run needs; all of it is stopped at the end.
 
     Args:
-        checkpoint: the checkpoint to go on from, whose driver's state is `state`; None starts anew.
+        checkpoint: the checkpoint to continue from, whose state is `state`; None starts at step 0.
     Raises:
         FailureError: Ray or the trainer didn't start.
         DatasetError: a prompt can't be used, or the prompts are not those of the checkpoint.

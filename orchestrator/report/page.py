@@ -63,7 +63,9 @@ def write_report(folder: Path) -> Path:
         FileNotFoundError: the folder does not exist.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder. Give the run folder that `counterpoint train` wrote.")
+        raise FileNotFoundError(
+            f"{folder} is not a folder. Give the run folder that `counterpoint train` or `counterpoint sft` wrote."
+        )
     summary = summarise(folder)
     _replace(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
     metrics = read_metrics(folder)

@@ -197,7 +197,7 @@ def is_verified(row: Mapping[str, Any]) -> bool:
 
 
 def training_seconds(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> float:
-    """Wall time from the beginning of the first step to the end of the last, without the gaps before resumes."""
+    """Wall time from the beginning of the first step to the end of the last, without the time before resumes."""
     rows = [row for row in metrics if row.get("time/step_s") is not None]
     resumes = [float(event["time"]) for event in events if event["kind"] in ("started", "resumed")]
     total, begin, end = 0.0, None, 0.0
