@@ -109,7 +109,7 @@ class Tracker:
         Args:
             params: the resolved configuration, nested or flat. A parameter that differs from what the run already
                 has is not an error: it becomes a tag and a `config_changes` artifact.
-            run_id: the MLflow run to continue, if the caller knows it; by default the one that the folder's spool names.
+            run_id: the MLflow run to continue, if the caller knows it; by default the one of the folder's spool.
             is_resumed: False starts another MLflow run where the folder already has one; what that one has not sent
                 yet is moved to `previous/`, a folder that :func:`flush_spool` takes.
         Raises:
