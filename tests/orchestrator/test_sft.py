@@ -17,6 +17,7 @@ import pytest
 from orchestrator import sft as module
 from orchestrator.checkpoints import Checkpoints, read_state
 from orchestrator.config.schema import SFTConfig
+from orchestrator.report import page
 from orchestrator.run_kinds import kind_named
 from orchestrator.run_shell import run
 from orchestrator.sft import Samples
@@ -72,9 +73,11 @@ class Trainer:
 def fine_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Path]]:
     """Runs `sft` in a folder with a trainer that is prepared first; gives the exit code and the folder."""
 
-    def run_sft(name: str, *, resume: bool = False, prepare: Any = lambda trainer: None, **changes: Any) -> Any:
+    def run_sft(
+        name: str, *, resume: bool = False, prepare: Any = lambda trainer: None, has_charts: bool = False
+    ) -> Any:
         folder = tmp_path / name
-        config = SFTConfig(**overridden(PLAIN, run__folder=str(folder), **changes))
+        config = SFTConfig(**overridden(PLAIN, run__folder=str(folder)))
 
         @contextlib.asynccontextmanager
         async def cluster(*_: Any) -> AsyncIterator[None]:
@@ -94,6 +97,8 @@ def fine_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         monkeypatch.setattr(module, "ray_cluster", cluster)
         monkeypatch.setattr(module, "start_roles", roles)
         monkeypatch.setattr(module, "load_samples", samples)
+        if not has_charts:  # which take seconds
+            monkeypatch.setattr(page, "draw_charts", lambda *_: [])
         return run(kind_named("sft"), config, resume=resume), folder
 
     return run_sft
@@ -153,7 +158,7 @@ def ctrl_c_twice(trainer: Trainer) -> None:
 def test_a_run_writes_checkpoints_a_report_and_the_model(
     fine_tune: Callable[..., tuple[int, Path]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    code, folder = fine_tune("run")
+    code, folder = fine_tune("run", has_charts=True)
     assert code == 0
     assert [path.name for path in Checkpoints(folder, keep=2).whole()] == ["step-000006", "step-000007"]
     assert list(losses(folder)) == list(range(1, STEPS + 1))
