@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from orchestrator.run_kinds import RUN_KINDS, RunKind, UnknownKindError, kind_named, kind_of
+from orchestrator.run_kinds import RUN_KINDS, RunKind, UnknownKindError, kind_named, kind_of_recipe
 
 if TYPE_CHECKING:
     from orchestrator.config.schema import Config, SFTConfig
@@ -40,7 +40,7 @@ app = typer.Typer(
 _DASHED_OVERRIDES = {"ignore_unknown_options": True}
 _KINDS = tuple(kind.command for kind in RUN_KINDS)
 
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint in the run folder.")]
 Overrides = Annotated[
     list[str] | None,
@@ -105,7 +105,9 @@ def evaluate(
         if config.data.evaluation is None:
             _refuse(f"{recipe}: data.evaluation names no held-out prompts. Add them, or set data.evaluation.path=...")
         if checkpoint is not None and not checkpoint.is_dir():
-            _refuse(f"--checkpoint: there is no folder {checkpoint}. A run keeps its own under checkpoints/.")
+            _refuse(
+                f"--checkpoint: there is no folder {checkpoint}. A run's checkpoints are in its folder checkpoints/."
+            )
         _check(kind, config, starts_run=False)
         from orchestrator.evaluate_export import evaluate as run_evaluation
 
@@ -162,13 +164,9 @@ def report(run_folder: RunFolder) -> None:
 def check(recipe: Recipe, overrides: Overrides = None) -> None:
     """Check a recipe and print what it would run, without starting anything."""
     with _exit_codes():
-        from orchestrator.config.loading import read_recipe
         from orchestrator.preflight.plan_table import plan_rows
 
-        try:
-            kind = kind_of(read_recipe(recipe))
-        except UnknownKindError as error:
-            _refuse(f"{recipe}: {error}")
+        kind = kind_of_recipe(recipe)
         config = _load(kind, recipe, overrides)
         table = Table(title=f"{recipe}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in plan_rows(config):

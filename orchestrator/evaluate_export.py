@@ -11,11 +11,11 @@ from rich.table import Table
 
 from orchestrator.checkpoints import POLICY, CheckpointError, Checkpoints, step_of
 from orchestrator.cluster import ray_cluster
-from orchestrator.config.loading import load_config, read_recipe
+from orchestrator.config.loading import load_config
 from orchestrator.config.schema import Config
 from orchestrator.interruption import run_until_interrupted
 from orchestrator.roles.start import CANARIES, load_data, start_roles
-from orchestrator.run_kinds import kind_of
+from orchestrator.run_kinds import kind_of_recipe
 from orchestrator.step.evaluation import evaluate as evaluate_prompts
 from orchestrator.step.publish import proof_prompts, publish
 from orchestrator.telemetry import event_line
@@ -80,10 +80,13 @@ def _print_event(kind: str, **data: Any) -> None:
 
 async def _export(run_folder: Path, out: Path) -> int:
     saved = run_folder / "config.yaml"
-    config = load_config(saved, (), kind_of(read_recipe(saved)).schema())
+    config = load_config(saved, (), kind_of_recipe(saved).schema())
     checkpoint = Checkpoints(run_folder, keep=config.checkpoint.keep).best()
     if checkpoint is None:
-        raise CheckpointError("checkpoint_missing", f"{run_folder} has no whole checkpoint to export")
+        raise CheckpointError(
+            "checkpoint_missing",
+            f"{run_folder} has no whole checkpoint to export. Resume the run to its next checkpoint first.",
+        )
     async with (
         ray_cluster(config.cluster, config.deadlines),
         start_roles(config, run_folder / "media", _print_event, names=("policy",)) as roles,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -138,3 +139,18 @@ def kind_of(sections: Collection[str]) -> RunKind:
         for kind in found
     )
     raise UnknownKindError(f"it mixes sections of several kinds of run: {mixed}. Keep those of one kind.")
+
+
+def kind_of_recipe(recipe: Path) -> RunKind:
+    """The run kind of a recipe's file.
+
+    Raises:
+        ConfigError: it can't be read, or it tells no single kind.
+    """
+    from orchestrator.config.loading import ConfigError, read_recipe
+
+    sections = read_recipe(recipe)
+    try:
+        return kind_of(sections)
+    except UnknownKindError as error:
+        raise ConfigError([f"{recipe}: {error}"]) from None
