@@ -98,7 +98,7 @@ def run_demo(seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
         "sampled_after": summary["eval"]["after"]["sampled"],
         "gain": after["mean"] - before["mean"],
         "steps": summary["steps"],
-        "rl_s": summary["rl_seconds"],
+        "rl_s": summary["training_seconds"],
         "first_step_s": first_step_s(folder),
         "total_s": ended - started,
         "memory_gib": watch.peak_bytes / 2**30,

@@ -120,10 +120,10 @@ def _training(
     ledger: Ledger,
 ) -> Training:
     """The loop of a run whose roles have started."""
-    policy, fleet, scorer = roles.policy, roles.fleet, roles.scorer
+    policy, fleet, rewards = roles.policy, roles.fleet, roles.rewards
     assert policy is not None
     assert fleet is not None
-    assert scorer is not None
+    assert rewards is not None
     prompts = data.train
     cursor = (
         PromptCursor.restore(prompts, state.cursor) if state.cursor else PromptCursor(prompts, seed=config.run.seed)
@@ -135,7 +135,7 @@ def _training(
         seed=config.run.seed,
         cursor=cursor,
         fleet=fleet,
-        scorer=scorer,
+        rewards=rewards,
         ledger=ledger,
         on_event=telemetry.event,
         with_greedy=Need.GREEDY_REWARDS in needs(config.algorithm),
@@ -145,7 +145,7 @@ def _training(
         policy=policy,
         fleet=fleet,
         reference=roles.reference,
-        scorer=scorer,
+        rewards=rewards,
         critic=roles.critic,
         rollouts=rollouts,
         cursor=cursor,

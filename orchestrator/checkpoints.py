@@ -1,4 +1,4 @@
-"""Checkpoints: written beside, renamed when whole, and only then may an older one go."""
+"""Checkpoints of a run: written to a temporary folder, renamed when whole; older ones are deleted after that."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = re.compile(r"step-(\d{6,})")
 
 
 FULL_BELOW_BYTES = 1 << 20
-"""A write that failed with less room than this left, and no clearer reason, failed for want of room."""
+"""A write that failed while the disk had less free space than this counts as a full disk."""
 
 
 class CheckpointError(FailureError):
@@ -43,17 +43,16 @@ class BestMetric(BaseModel):
 
 
 class RunState(BaseModel):
-    """All that the driver has to know to go on, besides what the trainer's ranks save themselves.
+    """What the driver needs to continue a run of any kind; the trainer's ranks save their own state beside it.
 
     Attributes:
-        version: policy version, which is the number of training steps done.
-        cursor: state of the prompt cursor, prompts of groups that were open given back.
-        kl_controller: state of the KL controller.
+        version: the policy version, which is the number of training steps done.
+        cursor: state of the prompt cursor, to which the prompts of open groups were given back.
+        kl_controller: state of the KL controller; empty for supervised runs, as are multipliers and best.
         multipliers: state of the multipliers of constrained rewards.
         best: the best evaluation so far.
         evaluated: the version last evaluated; -1 for none.
-        mlflow_run_id: MLflow run to go on with; None where the server was not reached yet.
-        rl_seconds: wall time of training steps so far, over all starts of the run.
+        mlflow_run_id: MLflow run to continue; None where the server was not reached yet.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -65,7 +64,6 @@ class RunState(BaseModel):
     best: BestMetric | None = None
     evaluated: int = -1
     mlflow_run_id: str | None = None
-    rl_seconds: float = 0.0
 
 
 class Checkpoints:
@@ -76,7 +74,7 @@ class Checkpoints:
         self.keep = keep
 
     def whole(self) -> list[Path]:
-        """Every whole checkpoint, oldest step first. What a crash left half-written isn't one."""
+        """Every whole checkpoint, oldest step first. A checkpoint is whole once its state file is there."""
         found = [p for p in self.folder.glob("step-*") if NAME.fullmatch(p.name) and (p / STATE).is_file()]
         return sorted(found, key=step_of)
 
@@ -85,7 +83,7 @@ class Checkpoints:
         return next(reversed(self.whole()), None)
 
     def best(self) -> Path | None:
-        """The whole checkpoint of the best evaluation; the newest where nothing was evaluated or it is gone."""
+        """The whole checkpoint of the best evaluation; the newest one where there is no such checkpoint."""
         latest = self.latest()
         if latest is None:
             return None
@@ -94,7 +92,7 @@ class Checkpoints:
         return by_step.get(found.step, latest) if found is not None else latest
 
     def holds(self, version: int) -> bool:
-        """Whether the policy of this version is kept whole."""
+        """Whether there is a whole checkpoint of this version."""
         return (self._path(version) / STATE).is_file()
 
     async def write(
@@ -141,7 +139,7 @@ class Checkpoints:
         return self.folder / f"step-{version:06d}"
 
     def _prune(self, best: int | None) -> None:
-        """Delete what is no longer kept; a deletion that fails costs disk, not the run."""
+        """Delete older checkpoints and half-written folders. The run goes on where a deletion fails."""
         for path in self.whole()[: -self.keep]:
             if step_of(path) != best:
                 with suppress(OSError):
@@ -160,7 +158,7 @@ def step_of(checkpoint: Path) -> int:
     match = NAME.fullmatch(checkpoint.name)
     if match is None:
         raise CheckpointError(
-            "checkpoint_unknown", f"{checkpoint}: not a checkpoint folder; they are named step-000123"
+            "checkpoint_unknown", f"{checkpoint} is not the folder of a checkpoint. Their names are like step-000123."
         )
     return int(match.group(1))
 
@@ -175,7 +173,9 @@ def read_state(checkpoint: Path) -> RunState:
         return RunState.model_validate_json((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        message = f"{checkpoint / STATE}: can't be read ({why}). Remove {checkpoint} to go on from an older one."
+        message = (
+            f"{checkpoint / STATE}: can't be read ({why}). Remove {checkpoint} to continue from an older checkpoint."
+        )
         raise CheckpointError("checkpoint_damaged", message) from error
 
 
@@ -187,7 +187,7 @@ def _write_durably(path: Path, text: str) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Bring a folder's files to the disk, so that not even a power cut leaves a named checkpoint half-empty."""
+    """Write a folder's files through to the disk, so that a renamed checkpoint survives a power cut."""
     for parent, _, names in os.walk(folder):
         for path in (*(Path(parent, name) for name in names), Path(parent)):
             _sync_entry(path)
@@ -202,8 +202,8 @@ def _sync_entry(path: Path) -> None:
 
 
 def _refusal(final: Path, error: Exception) -> CheckpointError | None:
-    """The disk's refusal behind an error, if it is one. A policy that writes from another process only quotes it."""
-    stands = "The checkpoints before it are whole; free space there and go on with --resume."
+    """The error that says what the disk refused, or None. A policy in another process passes the reason on as text."""
+    stands = "The checkpoints before it are whole. Free space there and continue with --resume."
     is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     is_full = is_full or any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
     if is_full or _room(final.parent) < FULL_BELOW_BYTES:
@@ -214,7 +214,7 @@ def _refusal(final: Path, error: Exception) -> CheckpointError | None:
 
 
 def _room(folder: Path) -> int:
-    """Free bytes where the folder is; endless where that can't be told."""
+    """Free bytes on the folder's disk; `FULL_BELOW_BYTES` where they can't be read."""
     with suppress(OSError):
         return shutil.disk_usage(folder).free
     return FULL_BELOW_BYTES

@@ -1,4 +1,7 @@
-"""The command line. Reads recipes, looks ahead, hands over to the run; engines are imported inside the commands only.
+"""The command line: each command loads its recipe, checks it, and calls what does the work.
+
+The commands that train come from the table of run kinds. Ray, vLLM, DeepSpeed and torch are imported by what the
+commands call, so that `counterpoint --help` answers at once.
 
 Exit codes: 0 done, 1 the run failed (its verdict is printed), 2 bad configuration or input, 130 interrupted.
 """
@@ -8,16 +11,18 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from orchestrator.run_kinds import RUN_KINDS, RunKind, UnknownKindError, kind_named, kind_of_recipe
 
 if TYPE_CHECKING:
     from orchestrator.config.schema import Config, SFTConfig
@@ -33,8 +38,10 @@ app = typer.Typer(
 )
 
 _DASHED_OVERRIDES = {"ignore_unknown_options": True}
+_KINDS = tuple(kind.command for kind in RUN_KINDS)
 
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint in the run folder.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Overrides, such as trainer.learning_rate=3e-4.", show_default=False),
@@ -64,33 +71,22 @@ def _options(
     """Online reinforcement learning of multimodal models, on Ray, vLLM and DeepSpeed."""
 
 
-@app.command(context_settings=_DASHED_OVERRIDES)
-def train(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's latest checkpoint.")] = False,
-) -> None:
-    """Train a policy by reinforcement learning."""
-    with _exit_codes():
-        config = _load(recipe, overrides)
-        _look_ahead(config, resume=resume)
-        from orchestrator.run_shell import train as run_training
+def _run_command(kind: RunKind) -> Callable[..., None]:
+    """The command that runs a kind."""
 
-        raise typer.Exit(run_training(config, resume=resume))
+    def command(recipe: Recipe, overrides: Overrides = None, resume: Resume = False) -> None:
+        with _exit_codes():
+            config = _load(kind, recipe, overrides)
+            _check(kind, config, resume=resume)
+            from orchestrator.run_shell import run
+
+            raise typer.Exit(run(kind, config, resume=resume))
+
+    return command
 
 
-@app.command(context_settings=_DASHED_OVERRIDES)
-def sft(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Fine-tune a model on given answers."""
-    with _exit_codes():
-        from orchestrator.config.loading import load_config
-        from orchestrator.config.schema import SFTConfig
-
-        config = load_config(recipe, overrides or (), SFTConfig)
-        _look_ahead(config)
-        from orchestrator.run_shell import sft as run_sft
-
-        raise typer.Exit(run_sft(config))
+for _kind in RUN_KINDS:
+    app.command(name=_kind.command, help=_kind.help, context_settings=_DASHED_OVERRIDES)(_run_command(_kind))
 
 
 @app.command(context_settings=_DASHED_OVERRIDES)
@@ -98,18 +94,22 @@ def evaluate(
     recipe: Recipe,
     overrides: Overrides = None,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="A checkpoint's folder; by default the recipe's model.")
+        Path | None,
+        typer.Option("--checkpoint", help="Folder of a checkpoint to evaluate; by default the recipe's model."),
     ] = None,
 ) -> None:
-    """Evaluate a model or a checkpoint on the held-out prompts."""
+    """Evaluate a model or a checkpoint on held-out prompts."""
     with _exit_codes():
-        config = _load(recipe, overrides)
+        kind = kind_named("train")
+        config = _load(kind, recipe, overrides)
         if config.data.evaluation is None:
             _refuse(f"{recipe}: data.evaluation names no held-out prompts. Add them, or set data.evaluation.path=...")
         if checkpoint is not None and not checkpoint.is_dir():
-            _refuse(f"--checkpoint: there is no folder {checkpoint}. A run keeps its own under checkpoints/.")
-        _look_ahead(config, starts_run=False)
-        from orchestrator.run_shell import evaluate as run_evaluation
+            _refuse(
+                f"--checkpoint: there is no folder {checkpoint}. A run's checkpoints are in its folder checkpoints/."
+            )
+        _check(kind, config, starts_run=False)
+        from orchestrator.evaluate_export import evaluate as run_evaluation
 
         raise typer.Exit(run_evaluation(config, checkpoint.absolute() if checkpoint else None))
 
@@ -123,15 +123,15 @@ def export(
     with _exit_codes():
         _need_folder(run_folder)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            _refuse(f"{out} exists and isn't an empty folder. Choose another, or remove it.")
-        from orchestrator.run_shell import export as run_export
+            _refuse(f"{out} exists and is not an empty folder. Choose another folder, or remove it.")
+        from orchestrator.evaluate_export import export as run_export
 
         raise typer.Exit(run_export(run_folder.absolute(), out.absolute()))
 
 
 @app.command()
 def track(run_folder: RunFolder) -> None:
-    """Send to MLflow what a run could not."""
+    """Send to MLflow the items that a run has not sent."""
     with _exit_codes():
         _need_folder(run_folder)
         from orchestrator.tracking.tracker import flush_spool
@@ -142,16 +142,17 @@ def track(run_folder: RunFolder) -> None:
             _refuse(str(error))
             return
         typer.echo(
-            f"MLflow run {status.run_id} at {status.uri}: {status.waiting} items wait, {status.refused} refused."
+            f"MLflow run {status.run_id} at {status.uri}: {status.waiting} items wait to be sent, "
+            f"{status.refused} were refused."
         )
         if status.waiting:
-            _say("error", status.error or "there was not time enough; call it again.")
+            _say("error", status.error or "the time was over before all items were sent. Run this command again.")
             raise typer.Exit(1)
 
 
 @app.command()
 def report(run_folder: RunFolder) -> None:
-    """Write a run's report (report.html, summary.json, plots)."""
+    """Write the report of a run: report.html, summary.json and plots/."""
     with _exit_codes():
         _need_folder(run_folder)
         from orchestrator.report.page import write_report
@@ -161,60 +162,61 @@ def report(run_folder: RunFolder) -> None:
 
 @app.command(context_settings=_DASHED_OVERRIDES)
 def check(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Load a recipe, look ahead, and print what would run. Starts nothing."""
+    """Check a recipe and print what it would run, without starting anything."""
     with _exit_codes():
-        from orchestrator.config.loading import load_config, read_recipe
-        from orchestrator.config.schema import Config, SFTConfig
         from orchestrator.preflight.plan_table import plan_rows
 
-        schema: type[Config] | type[SFTConfig] = SFTConfig if "sft" in read_recipe(recipe) else Config
-        config = load_config(recipe, overrides or (), schema)
+        kind = kind_of_recipe(recipe)
+        config = _load(kind, recipe, overrides)
         table = Table(title=f"{recipe}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in plan_rows(config):
             table.add_row(name, escape(value))
         Console(width=None if sys.stdout.isatty() else 120).print(table)
-        _look_ahead(config, resume=None)
+        _check(kind, config, resume=_has_checkpoint(config))
         typer.echo("Ready to run.")
 
 
 @app.command(name="config")
 def show_config(
-    prefix: Annotated[str, typer.Argument(help="Only keys that start so (trainer).", show_default=False)] = "",
-    supervised: Annotated[bool, typer.Option("--sft", help="Settings of `counterpoint sft`.")] = False,
+    prefix: Annotated[str, typer.Argument(help="List only keys that start with this.", show_default=False)] = "",
+    command: Annotated[str, typer.Option("--kind", help=f"Kind of run: {', '.join(_KINDS)}.")] = _KINDS[0],
 ) -> None:
-    """List every setting: its key, what is allowed, its default, what it does."""
+    """List every setting with its meaning, its allowed values and its default."""
     with _exit_codes():
-        from orchestrator.config.schema import Config, SFTConfig
         from orchestrator.config.setting_list import default_text, settings
 
-        found = [s for s in settings(SFTConfig if supervised else Config) if s.key.startswith(prefix)]
+        try:
+            kind = kind_named(command)
+        except UnknownKindError as error:
+            _refuse(f"--kind: {error}")
+        found = [setting for setting in settings(kind.schema()) if setting.key.startswith(prefix)]
         if not found:
-            _refuse(f"no setting starts with {prefix}. `counterpoint config` lists them all.")
+            _refuse(f"no setting of `counterpoint {kind.command}` starts with {prefix}. Leave it out to list all.")
         for setting in found:
             default = "required" if setting.is_required else f"default {default_text(setting.default)}"
             typer.echo(f"{setting.key}\n    {setting.description} ({setting.allowed}; {default})")
 
 
-def _load(recipe: Path, overrides: list[str] | None) -> Config:
+def _load(kind: RunKind, recipe: Path, overrides: list[str] | None) -> Any:
+    """The configuration of a recipe, by the schema of a run kind."""
     from orchestrator.config.loading import load_config
 
-    return load_config(recipe, overrides or ())
+    return load_config(recipe, overrides or (), kind.schema())
 
 
-def _look_ahead(config: Config | SFTConfig, *, resume: bool | None = False, starts_run: bool = True) -> None:
-    """Print what preflight finds; exits with 2 where an error is among it. ``resume=None`` suits either start."""
-    from orchestrator.checkpoints import Checkpoints
-    from orchestrator.config.schema import Config
-    from orchestrator.preflight.checks import preflight
-
-    if resume is None:
-        kept = config.checkpoint.keep if isinstance(config, Config) else 1
-        resume = Checkpoints(config.run.folder, keep=kept).latest() is not None
-    found = preflight(config, resume=resume, starts_run=starts_run)
+def _check(kind: RunKind, config: Config | SFTConfig, *, resume: bool = False, starts_run: bool = True) -> None:
+    """Print what the run kind's checks find; exit with 2 where an error is among it."""
+    found = kind.checks()(config, resume=resume, starts_run=starts_run)
     for finding in found:
         _say(finding.severity, finding.message)
     if any(finding.severity == "error" for finding in found):
         raise typer.Exit(BAD_INPUT)
+
+
+def _has_checkpoint(config: Config | SFTConfig) -> bool:
+    from orchestrator.checkpoints import Checkpoints
+
+    return Checkpoints(config.run.folder, keep=config.checkpoint.keep).latest() is not None
 
 
 def _need_folder(folder: Path) -> None:
@@ -236,7 +238,7 @@ def _say(severity: str, message: str) -> None:
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
-    """Turns every way a command can end into one message and the exit code that says what it was."""
+    """Turn the error that ended a command into one message and the exit code of its kind."""
     from orchestrator.config.loading import ConfigError
     from orchestrator.record.progress import StderrHandler
     from rollout.failures import DataError, FailureError

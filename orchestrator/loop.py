@@ -8,14 +8,14 @@ staleness bound allows.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from algorithms.kl import AdaptiveKL, FixedKL, needs_distributions
 from algorithms.registry import Need
 from orchestrator.checkpoints import BestMetric, Checkpoints, RunState
 from orchestrator.config.schema import Config
+from orchestrator.interruption import uninterrupted
 from orchestrator.record.run_record import sample_rows
 from orchestrator.roles.fleet import GeneratorFleet
 from orchestrator.roles.reference import Reference
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from actors.trainer.critic import CriticGroup
     from actors.trainer.policy import PolicyGroup
 
-T = TypeVar("T")
-
 
 @dataclass
 class Training:
@@ -54,7 +52,7 @@ class Training:
 
     Attributes:
         config: the resolved recipe.
-        policy, fleet, reference, scorer, critic: the roles. There is no reference where the KL has no weight, and no
+        policy, fleet, reference, rewards, critic: the roles. There is no reference where the KL has no weight, and no
             critic where the advantage estimator needs no values.
         rollouts: carries groups from admission to the batch.
         cursor: position in the training prompts.
@@ -75,7 +73,7 @@ class Training:
     policy: PolicyGroup
     fleet: GeneratorFleet
     reference: Reference | None
-    scorer: Rewards
+    rewards: Rewards
     critic: CriticGroup | None
     rollouts: Rollouts
     cursor: PromptCursor
@@ -135,7 +133,7 @@ class Training:
         if self.state.version > 0 and is_wanted and not self.checkpoints.holds(self.state.version):
             with watch("checkpoint"):
                 await uninterrupted(self.checkpoint())
-        self.telemetry.more(self.state.version, watch.named())
+        self.telemetry.further_metrics(self.state.version, watch.named())
 
     async def appraise(self, batch: Batch) -> Appraisal:
         """The batch as training samples with advantages, after the forward passes that the recipe's methods need."""
@@ -218,7 +216,6 @@ class Training:
         metrics |= batch_metrics(batch.groups, step - 1) | dropped_metrics(batch.dropped)
         metrics["rollout/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
         metrics["rollout/completions_per_s"] = metrics["rollout/completions"] / metrics["time/step_s"]
-        self.state.rl_seconds += metrics["time/step_s"]
         self.telemetry.step(step, metrics)
         if self.telemetry.wants_samples(step):
             size = self.config.rollout.group_size
@@ -241,7 +238,7 @@ class Training:
         for mode in settings.modes:
             found = await evaluate(
                 self.fleet,
-                self.scorer,
+                self.rewards,
                 prompts,
                 settings.sampling,
                 mode,
@@ -273,16 +270,3 @@ class Training:
         save_critic = None if self.critic is None else self.critic.save
         path = await self.checkpoints.write(self.state, self.policy.save, save_critic)
         self.telemetry.event("checkpoint", step=self.state.version, path=str(path))
-
-
-async def uninterrupted(act: Coroutine[Any, Any, T]) -> T:
-    """Await an act to its end, even where the run is cancelled meanwhile; then the cancellation is raised.
-
-    A second cancellation cuts the act.
-    """
-    task = asyncio.ensure_future(act)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await task
-        raise

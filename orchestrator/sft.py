@@ -1,25 +1,29 @@
-"""Supervised fine-tuning with the policy trainer: the loss "nll" on given responses, no rollouts."""
+"""Supervised fine-tuning's loop: the policy trainer with the loss "nll" on given responses, without rollouts.
+
+The run shell (`run_shell.py`) does everything that is not particular to it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from orchestrator.assembly import Data, tell_data
+from orchestrator.checkpoints import POLICY, Checkpoints, RunState
 from orchestrator.cluster import ray_cluster
-from orchestrator.config.loading import save_config
 from orchestrator.config.schema import SFTConfig
-from orchestrator.record.progress import Progress
-from orchestrator.record.run_record import Record
-from orchestrator.roles.table import actor_resources, policy_spec
+from orchestrator.interruption import uninterrupted
+from orchestrator.roles.start import start_roles
 from orchestrator.step.stopwatch import Stopwatch
-from orchestrator.tracking.tracker import Tracker
+from orchestrator.telemetry import Telemetry
 from rollout.cursor import PromptCursor
 from rollout.datasets import DatasetError, PromptSet, load_prompts
-from rollout.failures import FailureError
 from rollout.media import MediaStore
 from rollout.prompts import Prompt
 from rollout.samples import TrainingSample
@@ -29,73 +33,121 @@ if TYPE_CHECKING:
     from actors.trainer.policy import PolicyGroup
     from rollout.encoding import PromptEncoder
 
-logger = logging.getLogger(__name__)
 
-
-async def fine_tune(config: SFTConfig) -> int:
-    """Fine-tune, and write the Hugging Face folder. Returns 0, or 1 with the verdict printed."""
-    folder = config.run.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.yaml")
-    tracker = Tracker.start(config.tracking, folder, config.run.name, config.model_dump(mode="json"), is_resumed=False)
-    with tracker, Record(folder) as record, Progress(config.trainer.steps) as progress:
-        record.event("started", step=0, seed=config.run.seed)
-        try:
-            async with ray_cluster(config.cluster, config.deadlines):
-                progress.phase("starting the trainer, loading prompts")
-                policy, samples = await asyncio.gather(_start_policy(config), asyncio.to_thread(load_samples, config))
-                try:
-                    await _train(config, policy, samples, record, tracker, progress)
-                    await policy.export(config.export_folder)
-                finally:
-                    await policy.stop()
-        except FailureError as error:
-            record.event("finished", status="FAILED", why=str(error))
-            tracker.finish("FAILED")
-            progress.finish({"verdict": f"stopped: {error}"})
-            return 1
-        except asyncio.CancelledError:
-            record.event("finished", status="KILLED")
-            tracker.finish("KILLED")
-            progress.finish({"verdict": "interrupted; nothing was exported"})
-            raise
-        record.event("finished", status="FINISHED")
-        status = tracker.finish("FINISHED")
-        words = {"verdict": "done", "model": str(config.export_folder)}
-        progress.finish(words | ({"MLflow run": status.run_id} if status.run_id else {}))
-    return 0
-
-
-async def _train(
-    config: SFTConfig,
-    policy: PolicyGroup,
-    samples: Samples,
-    record: Record,
-    tracker: Tracker,
-    progress: Progress,
-) -> None:
-    cursor = PromptCursor(samples.prompts, seed=config.run.seed)
-    tracker.dataset(samples.prompts.name, samples.prompts.digest, len(samples.prompts), "training")
-    for step in range(1, config.trainer.steps + 1):
-        watch = Stopwatch()
-        batch = [samples.by_prompt[prompt.prompt_id] for prompt in cursor.take(config.sft.batch_size)]
-        with watch("learn"):
-            metrics = await policy.update(batch, kl_coefficient=0.0)
-        metrics |= watch.metrics()
-        record.metrics(step, metrics)
-        tracker.metrics(step, metrics)
-        progress.step(step, metrics)
-
-
+@dataclass(frozen=True)
 class Samples:
-    """Prompts and what is to be imitated for each."""
+    """Prompts, and for each the sample with its response.
 
-    def __init__(self, prompts: PromptSet, by_prompt: dict[str, TrainingSample]) -> None:
-        self.prompts = prompts
-        self.by_prompt = by_prompt
+    Attributes:
+        prompts: the prompts in the order of the data.
+        by_prompt: the sample of each prompt, by the prompt's id.
+    """
+
+    prompts: PromptSet
+    by_prompt: Mapping[str, TrainingSample]
 
 
-def load_samples(config: SFTConfig) -> Samples:
+@dataclass
+class FineTuning:
+    """One fine-tuning run: its trainer, its samples and its state.
+
+    Attributes:
+        config: the resolved recipe.
+        policy: the trainer.
+        samples: what is imitated.
+        cursor: where training stands in the samples.
+        state: what a checkpoint keeps.
+        checkpoints: where checkpoints are written.
+        telemetry: where metrics and events are sent.
+    """
+
+    config: SFTConfig
+    policy: PolicyGroup
+    samples: Samples
+    cursor: PromptCursor
+    state: RunState
+    checkpoints: Checkpoints
+    telemetry: Telemetry
+    is_whole: bool = field(default=True, init=False)
+    """Whether the trainer is at the state's step: False from the start of an update until it has succeeded."""
+
+    async def train(self) -> None:
+        """Train from the state's step to the last one.
+
+        Raises:
+            FailureError: the trainer was lost; the state is that of the last whole step.
+        """
+        while self.state.version < self.config.trainer.steps:
+            before, metrics, watch = self.state.version, dict[str, float](), Stopwatch()
+            try:
+                with watch("learn"):
+                    await uninterrupted(self.learn(metrics))
+            finally:
+                if self.state.version > before:  # a step that was made is recorded, even if the run ends with it
+                    self.telemetry.step(self.state.version, metrics | watch.metrics())
+            await self.checkpoint_if_due()
+
+    async def learn(self, metrics: dict[str, float]) -> None:
+        """One update on the next batch; its figures are added to `metrics`."""
+        self.is_whole = False
+        batch = [self.samples.by_prompt[prompt.prompt_id] for prompt in self.cursor.take(self.config.sft.batch_size)]
+        metrics |= await self.policy.update(batch, kl_coefficient=0.0)
+        self.state.version += 1
+        self.is_whole = True
+
+    async def checkpoint_if_due(self) -> None:
+        """Write a checkpoint every `checkpoint.every_steps` steps and after the last step."""
+        step = self.state.version
+        if step % self.config.checkpoint.every_steps and step != self.config.trainer.steps:
+            return
+        watch = Stopwatch()
+        with watch("checkpoint"):
+            await uninterrupted(self.checkpoint())
+        self.telemetry.further_metrics(step, watch.named())
+
+    async def checkpoint(self) -> None:
+        """Write a checkpoint, from which the run continues with exactly the next samples."""
+        self.state.cursor = self.cursor.state()
+        self.state.mlflow_run_id = self.telemetry.tracker.run_id
+        path = await self.checkpoints.write(self.state, self.policy.save)
+        self.telemetry.event("checkpoint", step=self.state.version, path=str(path))
+
+
+@contextlib.asynccontextmanager
+async def start_fine_tuning(
+    config: SFTConfig, state: RunState, checkpoints: Checkpoints, telemetry: Telemetry, checkpoint: Path | None
+) -> AsyncIterator[FineTuning]:
+    """Start everything a fine-tuning run needs; all of it is stopped at the end.
+
+    Args:
+        checkpoint: the checkpoint to continue from, whose state is `state`; None starts at step 0.
+    Raises:
+        FailureError: Ray or the trainer didn't start.
+        DatasetError: a prompt can't be used, or the prompts are not those of the checkpoint.
+    """
+    telemetry.progress.phase("starting Ray, loading prompts")
+    media = MediaStore(config.run.folder / "media")
+    loading = asyncio.ensure_future(asyncio.to_thread(load_samples, config, media))
+    try:
+        async with ray_cluster(config.cluster, config.deadlines):
+            telemetry.progress.phase("starting the trainer")
+            async with start_roles(config, media.folder, telemetry.event, names=("policy",)) as roles:
+                assert roles.policy is not None
+                samples = await loading
+                tell_data(Data(samples.prompts, None), telemetry)
+                if state.cursor:
+                    cursor = PromptCursor.restore(samples.prompts, state.cursor)
+                else:
+                    cursor = PromptCursor(samples.prompts, seed=config.run.seed)
+                if checkpoint is not None:
+                    await roles.policy.load(checkpoint / POLICY)
+                yield FineTuning(config, roles.policy, samples, cursor, state, checkpoints, telemetry)
+    finally:
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+
+
+def load_samples(config: SFTConfig, media: MediaStore) -> Samples:
     """Every prompt with its response as a training sample.
 
     Raises:
@@ -104,11 +156,9 @@ def load_samples(config: SFTConfig) -> Samples:
     from rollout.encoding import PromptEncoder
 
     import_modules(config.data.modules)
-    media = MediaStore(config.run.folder / "media")
     prompts = load_prompts(config.data.train, media, base=Path.cwd())
     encoder = PromptEncoder.from_pretrained(config.model.path, media, config.model.trust_remote_code)
-    by_prompt = {prompt.prompt_id: _sample(prompt, encoder, config) for prompt in prompts.prompts}
-    return Samples(prompts, by_prompt)
+    return Samples(prompts, {prompt.prompt_id: _sample(prompt, encoder, config) for prompt in prompts.prompts})
 
 
 def _sample(prompt: Prompt, encoder: PromptEncoder, config: SFTConfig) -> TrainingSample:
@@ -117,13 +167,13 @@ def _sample(prompt: Prompt, encoder: PromptEncoder, config: SFTConfig) -> Traini
         have = ", ".join(sorted(prompt.metadata)) or "none"
         raise DatasetError(
             f"prompt {prompt.prompt_id} has no text under sft.response_key = {config.sft.response_key!r} in its "
-            f"metadata (it has: {have})"
+            f"metadata (it has: {have}). Add that column to the data, or set sft.response_key to one it has."
         )
     prompt_ids, token_ids = encoder.expand(prompt).token_ids, encoder.encode_response(response)
     if len(prompt_ids) + len(token_ids) > config.model.max_length:
         raise DatasetError(
             f"prompt {prompt.prompt_id} and its response have {len(prompt_ids) + len(token_ids)} tokens, more than "
-            f"model.max_length = {config.model.max_length}"
+            f"model.max_length = {config.model.max_length}. Raise model.max_length, or shorten the response."
         )
     n = len(token_ids)
     return TrainingSample(
@@ -135,10 +185,3 @@ def _sample(prompt: Prompt, encoder: PromptEncoder, config: SFTConfig) -> Traini
         behaviour_log_probs=np.zeros(n, dtype=np.float32),
         policy_versions=np.zeros(n, dtype=np.int32),
     )
-
-
-async def _start_policy(config: SFTConfig) -> PolicyGroup:
-    from actors.trainer.policy import PolicyGroup
-
-    spec = policy_spec(config, config.run.folder / "media")
-    return await PolicyGroup.start(spec, actor_resources(config.cluster.policy))

@@ -1,5 +1,6 @@
-"""The demo's own file: a small vision-language policy made from a config, and "what is the sum of these two digits?"
-asked about scikit-learn's real handwritten digits. A template for a plug-in file of your own.
+"""The demo's model and data: an untrained vision-language policy, and questions about the sum of two digits.
+
+The images are scikit-learn's real handwritten digits. A dataset builder of your own can start from this file.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a printable ASCII character, and one for each of the few words of the question and the answer's tags."""
+    """A tokenizer of printable ASCII characters, with whole tokens for the question's words and the answer's tags."""
     vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS + WHOLE_WORDS + CHARACTERS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
     words = "|".join(sorted(WHOLE_WORDS, key=len, reverse=True))
@@ -84,7 +85,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_processor() -> Qwen2_5_VLProcessor:
-    """Tokenizer, image processor (an image of 56 x 56 pixels becomes 4 tokens) and chat template together."""
+    """Tokenizer, image processor and chat template; an image of 56 x 56 pixels becomes 4 tokens."""
     tokenizer = make_tokenizer()
     size = {"shortest_edge": IMAGE_SIZE * IMAGE_SIZE, "longest_edge": 4 * IMAGE_SIZE * IMAGE_SIZE}
     return Qwen2_5_VLProcessor(

@@ -1,6 +1,6 @@
-"""The demo, from nothing to a report: build a small vision-language policy, warm it up, train it by online GRPO.
+"""The demo: build a small vision-language policy, fine-tune it as a warm start, train it by online GRPO, report.
 
-`make demo` calls this. Each part is a command that anyone can call by hand; they are printed as they run.
+`make demo` calls this. Each part is a command that can be called by hand; it is printed before it runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ RECIPES = ROOT / "recipes"
 
 
 def run(title: str, *command: str) -> None:
-    """Run one part; end the demo with its exit code where it fails."""
+    """Run one part. Where it fails, end the demo with its exit code."""
     shown = " ".join(Path(part).name if part.startswith(sys.prefix) else part for part in command)
     shown = shown.replace(f"{ROOT}/", "")
     print(f"\n== {title}\n$ {shown}", flush=True)
@@ -29,20 +29,22 @@ def run(title: str, *command: str) -> None:
 
 
 def set_aside(folder: Path) -> None:
-    """Keep an earlier demo under a name of its own; a run folder is never written over."""
+    """Rename the folder of an earlier demo, so that nothing of it is overwritten."""
     if folder.exists():
         kept = folder.with_name(
             f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(folder.stat().st_mtime))}"
         )
         folder.rename(kept)
-        print(f"demo: the demo before this one is now {kept}")
+        print(f"demo: the earlier demo was moved to {kept}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything is written")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data order and sampling")
-    parser.add_argument("overrides", nargs="*", help="overrides for the training recipe (trainer.steps=20)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/demo"), help="folder of the model, the warm start and the run"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and sampling")
+    parser.add_argument("overrides", nargs="*", help="overrides of the training recipe, such as trainer.steps=20")
     arguments = parser.parse_args()
     folder, seed = (ROOT / arguments.folder).resolve(), str(arguments.seed)
     counterpoint = str(Path(sys.prefix, "bin", "counterpoint"))
@@ -60,7 +62,9 @@ def main() -> int:
         *(counterpoint, "train", str(RECIPES / "digits.yaml"), f"model.path={warm_start}", f"run.seed={seed}"),
         *(f"run.folder={folder}", *arguments.overrides),
     )
-    print(f"\nThe demo took {time.monotonic() - started:.0f} s. Look at {folder / 'report.html'}, or open MLflow:")
+    print(
+        f"\nThe demo took {time.monotonic() - started:.0f} s. The report is {folder / 'report.html'}. To open MLflow:"
+    )
     print(f"  {Path(sys.prefix, 'bin', 'mlflow')} ui --backend-store-uri sqlite:///{folder / 'mlflow.db'}")
     return 0
 

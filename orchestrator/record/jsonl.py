@@ -1,4 +1,4 @@
-"""Append-only JSON-lines files that outlive a crash: a cut last line, a full disk, a resume. Knows no content."""
+"""JSON Lines files that survive a crash, a full disk and a resume. What the rows hold is up to the caller."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ BACKLOG_LINES = 10_000
 
 
 class JsonLines:
-    """Appends one JSON object a line. Each line reaches the operating system before :meth:`append` returns.
+    """A file to which rows are appended, one JSON object a line.
 
-    A full disk is never fatal: what could not be written is taken back (no half line stays in the file), kept in
-    memory and written before the next line. :attr:`unwritten` counts what waits.
+    Each line reaches the operating system before :meth:`append` returns.
+    On a full disk a line is removed from the file again where half of it was written, kept in memory, and written
+    before the next line. :attr:`unwritten` counts the lines in memory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,12 +34,12 @@ class JsonLines:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self._end = os.lseek(self._file, 0, os.SEEK_END)
         if self._end and os.pread(self._file, 1, self._end - 1) != b"\n":
-            self._waiting.append(b"")  # ends the line that a crash cut short; readers skip it
+            self._waiting.append(b"")  # ends the line that a crash left half-written; readers skip it
         os.set_inheritable(self._file, False)
 
     @property
     def unwritten(self) -> int:
-        """Lines that wait for room on the disk."""
+        """Lines that are in memory until the disk has room."""
         return len(self._waiting)
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -48,29 +49,33 @@ class JsonLines:
         self.flush()
 
     def flush(self) -> None:
-        """Write what waits, in order; on an error keep it and warn once."""
+        """Write the lines in memory, in order; on an error keep them and warn once."""
         while self._waiting:
             line = self._waiting[0] + b"\n"
             try:
                 _write_all(self._file, line, self._end)
             except OSError as error:
                 if not self._is_failing:
-                    logger.warning("%s: can't write (%s); lines are kept in memory until it can", self.path, error)
+                    logger.warning(
+                        "%s can't be written (%s); new lines are kept in memory until it can", self.path, error
+                    )
                 self._is_failing = True
                 return
             self._end += len(line)
             self._waiting.popleft()
         if self._is_failing:
-            logger.info("%s: writing again, nothing was lost", self.path)
+            logger.info("%s can be written again; no line was lost", self.path)
         self._is_failing = False
 
     def close(self) -> None:
-        """Write what waits and close; a line that still finds no room is given up, with an error in the log."""
+        """Write the lines in memory and close. Lines that the disk refuses are lost, and the log says so."""
         if self._file < 0:
             return
         self.flush()
         if self._waiting:
-            logger.error("%s: %d lines found no room on the disk and are lost", self.path, len(self._waiting))
+            logger.error(
+                "%s: %d lines are lost, because the disk refused them until the end", self.path, len(self._waiting)
+            )
         os.close(self._file)
         self._file = -1
 
@@ -86,7 +91,7 @@ def _write_all(file: int, line: bytes, offset: int) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file, oldest first. A missing file has none; a line that a crash cut short is skipped."""
+    """Rows of a file, oldest first. A missing file has none; a line that a crash left half-written is skipped."""
     if not path.exists():
         return
     with path.open("rb") as lines:
@@ -96,7 +101,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError:
-                logger.warning("%s: skipped a line that was cut short", path)
+                logger.warning("%s: skipped a line that is not whole", path)
                 continue
             if isinstance(row, dict):
                 yield row
@@ -119,7 +124,7 @@ def keep_only(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> int:
 
 
 def set_aside(folder: Path, names: Sequence[str]) -> Path | None:
-    """Move what an earlier run left under these names to `previous/<time>/`; None where there was nothing."""
+    """Move an earlier run's files of these names to `previous/<time>/`; None where there are none."""
     left = [folder / name for name in names if (folder / name).exists()]
     if not left:
         return None
@@ -127,7 +132,7 @@ def set_aside(folder: Path, names: Sequence[str]) -> Path | None:
     target.mkdir(parents=True, exist_ok=True)
     for path in left:
         os.replace(path, target / path.name)
-    logger.info("%s: the record of an earlier run was moved to %s", folder, target)
+    logger.info("%s: files of an earlier run were moved to %s", folder, target)
     return target
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live display on a terminal, one aligned line at a time elsewhere."""
+"""What the terminal shows of a run: a live display, or plain lines where standard output is not a terminal."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _SUPERVISED_COLUMNS: Columns = (
 
 
 class StderrHandler(logging.Handler):
-    """Writes to whatever ``sys.stderr`` is now, so that log lines appear above a live display, not across it."""
+    """Writes log lines to the current ``sys.stderr``, which a live display redirects to appear above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record as a line."""
@@ -59,7 +59,7 @@ class StderrHandler(logging.Handler):
 
 
 class Progress:
-    """Progress of one run. Use as a context manager; call from one thread.
+    """The terminal's display of one run. Use as a context manager; call from one thread.
 
     Args:
         total_steps: training steps of the whole run.
@@ -113,14 +113,14 @@ class Progress:
         self._stop_live()
 
     def phase(self, name: str) -> None:
-        """What is being waited for from now on ("starting 2 generators"), until the next phase or step."""
+        """Show what the run waits for ("starting 2 generators") until the next phase or step."""
         self._end_phase()
         self._phase = (_clean(name), self._clock())
         if self._mode == "plain":
             self._line(f"[{_duration(self._clock() - self._start)}] {_clean(name)} ...")
 
     def step(self, version: int, metrics: Mapping[str, float]) -> None:
-        """A training step is done and the policy is now at ``version``, which counts the steps done."""
+        """Show the metrics of a training step; ``version`` is the number of steps done."""
         self._end_phase()
         self._done = version
         self._metrics = dict(metrics)
@@ -132,7 +132,7 @@ class Progress:
             self._step_line()
 
     def evaluation(self, version: int, metrics: Mapping[str, float]) -> None:
-        """Held-out results of the policy at ``version`` (``eval/greedy/reward``, ``eval/sampled/reward``)."""
+        """Show held-out results of the policy at ``version`` (``eval/greedy/reward``, ``eval/sampled/reward``)."""
         self._end_phase()
         rewards = {name.split("/")[1]: value for name, value in metrics.items() if _is_held_out_reward(name)}
         self._evaluation |= rewards
@@ -141,12 +141,12 @@ class Progress:
             self._line(f"[{_duration(self._clock() - self._start)}] held out at version {version}: {self._held_out()}")
 
     def note(self, text: str) -> None:
-        """Something a person should know, kept in sight above the display."""
+        """Print text that stays above the live display."""
         for line in text.splitlines() or [""]:
             self._line(_clean(line))
 
     def finish(self, summary: Mapping[str, object]) -> None:
-        """The end: stops the display and prints the summary, a line for each entry."""
+        """Stop the live display and print the summary, a line for each entry."""
         self._end_phase()
         self._stop_live()
         width = max((len(name) for name in summary), default=0)
@@ -157,7 +157,7 @@ class Progress:
                 self._line(f"{'':<{width}}  {_clean(line)}")
 
     def display(self) -> RenderableType:
-        """The live display as it stands."""
+        """The live display as it is now."""
         table = Table.grid(padding=(0, 2, 0, 0))
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
@@ -275,7 +275,7 @@ def _is_held_out_reward(name: str) -> bool:
 
 
 def _clean(text: str) -> str:
-    """The text without control characters, which would reach into the terminal."""
+    """The text with its control characters replaced, which the terminal would obey."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 

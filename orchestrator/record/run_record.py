@@ -1,6 +1,6 @@
-"""The local record of a run: metrics, samples, evaluations and events as JSON lines in the run folder.
+"""The run record: metrics, samples, evaluations and events of a run as JSON Lines files in the run folder.
 
-What MLflow holds can be rebuilt from here; the report is made from here alone.
+It is complete without MLflow. `report/` makes the report from it alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EVENTS = "events.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """One completion as people look at it.
+    """One completion with what a person wants to see of it.
 
     Attributes:
         prompt: the prompt's text; each medium stands as "[image]" where it was.
@@ -88,7 +88,7 @@ class EvaluationResult:
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """A prompt for people: its messages one after another, media as "[image]"."""
+    """A prompt as readable text: its messages one after another, media as "[image]"."""
     turns = []
     for message in prompt.messages:
         text = "".join(part.text if isinstance(part, TextPart) else f"[{part.media.kind}] " for part in message.parts)
@@ -119,18 +119,16 @@ def sample_rows(group: ScoredGroup, advantages: Sequence[float] | None = None) -
     return rows
 
 
-class Record:
-    """Writes the record of one run. Not thread-safe; the loop owns it.
+class RunRecord:
+    """Writes the run record of one run. Not thread-safe; one thread owns it.
 
-    With `resume_step`, rows of steps after it are removed first (each file at once or not at all), so that the steps
-    done again are there once, and a "resumed" event is written. Events stay: they tell what happened. Without it the
-    record starts anew, and what an earlier run left in the folder is moved to `previous/`.
+    With `resume_step`, rows of later steps are removed first (each file in one step), so that repeated steps appear
+    once, and a "resumed" event is written. Events of the removed steps stay. Without `resume_step` the record starts
+    empty, and an earlier run's files are moved to `previous/`.
     """
 
     def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
         self.folder = folder
-        self.non_finite = 0
-        """NaN and infinite values met so far; each is written as null."""
         folder.mkdir(parents=True, exist_ok=True)
         trimmed = {}
         if resume_step is None:
@@ -144,35 +142,35 @@ class Record:
 
     @property
     def unwritten(self) -> int:
-        """Rows that wait in memory for room on the disk."""
+        """Rows that are in memory until the disk has room."""
         return sum(file.unwritten for file in self._files.values())
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Metrics of a step, under their full names ("train/loss"). May be called more than once a step."""
+        """Write metrics of a step under their full names ("train/loss"). May be called more than once a step."""
         numbers = {name: float(value) for name, value in values.items()}
         self._write(METRICS, {"step": step, "time": time.time(), "values": numbers})
 
     def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
-        """Completions of a training step."""
+        """Write completions of a training step."""
         for row in rows:
             self._write(SAMPLES, {"step": step, "source": "train", **asdict(row)})
 
     def evaluation(self, step: int, mode: str, result: EvaluationResult, rows: Sequence[SampleRow] = ()) -> None:
-        """An evaluation, with some of its completions; the same prompts each time let the report compare them."""
+        """Write an evaluation with some of its completions; the report compares those of the same prompts."""
         for row in rows:
             self._write(SAMPLES, {"step": step, "source": f"eval/{mode}", **asdict(row)})
         self._write(EVALUATIONS, {"step": step, "mode": mode, "time": time.time(), **asdict(result)})
 
     def event(self, kind: str, **data: Any) -> None:
-        """Something that happened: started, resumed, finished, alarm, dropped, checkpoint, generator_died, ..."""
+        """Write an event: started, resumed, finished, alarm, dropped, checkpoint, generator_died, ..."""
         self._write(EVENTS, {"time": time.time(), "kind": kind, **data})
 
     def close(self) -> None:
-        """Write what waits and close the files."""
+        """Write the rows in memory and close the files."""
         for file in self._files.values():
             file.close()
 
-    def __enter__(self) -> Record:
+    def __enter__(self) -> RunRecord:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -181,7 +179,6 @@ class Record:
     def _write(self, name: str, row: Mapping[str, Any]) -> None:
         clean, count = finite(row)
         if count:
-            self.non_finite += count
             clean["non_finite"] = count
         self._files[name].append(clean)
 
@@ -201,7 +198,7 @@ def read_samples(folder: Path, source: str | None = None) -> list[dict[str, Any]
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """Evaluations in order of steps; of one repeated at the same step and mode, the last."""
+    """Evaluations in order of steps; where a step and mode were evaluated twice, the last."""
     rows = {(int(row["step"]), str(row["mode"])): row for row in read_lines(folder / EVALUATIONS)}
     return [rows[key] for key in sorted(rows)]
 

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, `summary.json` and `plots/*.png`, from its record."""
+"""Writes the report of a run from its run record: one self-contained HTML file, `summary.json` and `plots/*.png`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from orchestrator.record.run_record import read_evaluations, read_events, read_metrics, read_samples
 from orchestrator.report.plots import SERIES, draw_charts
-from orchestrator.report.summary import TIME_PARTS, is_verified, summarise
+from orchestrator.report.summary import TIME_PARTS, is_supervised, is_verified, summarise
 from rollout.failures import FailureError
 from rollout.media import MediaRef, MediaStore
 
@@ -27,23 +27,23 @@ SUMMARY = "summary.json"
 SHOWN_SAMPLES = 8
 SHOWN_VERSIONS = 12
 SHOWN_EVENTS = 20
-QUIET_EVENTS = ("started", "checkpoint", "finished")
+HIDDEN_EVENTS = ("started", "checkpoint")
 IMAGE_PIXELS = 320
 TIME_WORDS = {
-    "generate": "sampling completions",
-    "score": "asking the rewards",
-    "reference": "reference log-probabilities",
-    "learn": "policy update",
-    "sync": "new weights to the generators",
-    "evaluate": "held-out prompts",
-    "checkpoint": "writing checkpoints",
-    "other": "orchestration and waiting",
+    "generate": "the generators sample completions",
+    "score": "the reward server scores completions",
+    "reference": "the reference computes log-probabilities",
+    "learn": "the policy is updated",
+    "sync": "the generators receive the new weights",
+    "evaluate": "held-out prompts are evaluated",
+    "checkpoint": "checkpoints are written",
+    "other": "all other work and waiting of the driver",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt with what the policy answered first and last."""
+    """A prompt with the policy's first and last completions."""
 
     prompt: str
     images: tuple[str, ...]
@@ -55,7 +55,7 @@ class Pair:
 def write_report(folder: Path) -> Path:
     """Write `report.html`, `summary.json` and `plots/*.png` in a run folder, each whole or not at all.
 
-    Works on a run in progress, a cut one and one that never evaluated; sections without data say so or are left out.
+    Works on a run in progress, an interrupted one and one without evaluations. Sections without data are left out.
 
     Returns:
         The path of `report.html`.
@@ -63,7 +63,9 @@ def write_report(folder: Path) -> Path:
         FileNotFoundError: the folder does not exist.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder. Give the run folder that `counterpoint train` wrote.")
+        raise FileNotFoundError(
+            f"{folder} is not a folder. Give the run folder that `counterpoint train` or `counterpoint sft` wrote."
+        )
     summary = summarise(folder)
     _replace(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
     metrics = read_metrics(folder)
@@ -81,12 +83,11 @@ def write_report(folder: Path) -> Path:
             pair_source=source,
             time_parts=_time_rows(summary["time"]),
             weights=_weight_rows(metrics),
-            events=[_event_row(event) for event in events if event["kind"] not in ("started", "checkpoint")][
-                -SHOWN_EVENTS:
-            ],
+            events=[_event_row(event) for event in events if event["kind"] not in HIDDEN_EVENTS][-SHOWN_EVENTS:],
             config=config.read_text("utf-8", "replace") if config.exists() else "",
             written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
             has_share=_are_shares(summary["eval"]),
+            is_supervised=is_supervised(metrics),
         )
     )
     path = folder / REPORT
@@ -95,7 +96,7 @@ def write_report(folder: Path) -> Path:
 
 
 def sample_pairs(folder: Path) -> tuple[str, list[Pair]]:
-    """The first held-out prompts with their answers before and after; without evaluations, the latest rollouts.
+    """The first held-out prompts with their completions before and after; without evaluations, the latest rollouts.
 
     Returns:
         Where the samples come from ("eval/greedy", "train", or "" without any), and the pairs.
@@ -156,7 +157,7 @@ def _time_rows(breakdown: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _weight_rows(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Updates of the weights: every one that was not verified, and others evenly over the run."""
+    """Weight updates: every one that was not verified, and a few others evenly over the run."""
     updates = [row for row in metrics if row.get("weights/version") is not None]
     stride = max(1, -(-len(updates) // SHOWN_VERSIONS))
     last = len(updates) - 1

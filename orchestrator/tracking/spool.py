@@ -1,4 +1,4 @@
-"""What waits to be sent to MLflow, kept on disk. The loop puts items in; the sender's process takes them out.
+"""The spool: items to be sent to MLflow, on disk. The driver puts items in; the sender's process takes them out.
 
 An item leaves the spool in the same transaction that notes what was sent, so each is sent once or, when a crash falls
 between, again with the same content and timestamps, which MLflow's stores take as the same points.
@@ -40,21 +40,21 @@ class Item:
 
 
 class Spool:
-    """The spool of one run folder. Each process and thread opens its own, or holds to one; calls are serialised."""
+    """The spool of one run folder. Processes open one each; threads may share one, whose calls are serialised."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / SPOOL
         self._lock = threading.Lock()
         self._backlog: deque[tuple[float, str, str]] = deque(maxlen=BACKLOG_ITEMS)
         self.error: str | None = None
-        """Why the last write failed, if it did; what it held waits in memory."""
+        """Why the last write failed, or None; its items are kept in memory."""
         folder.mkdir(parents=True, exist_ok=True)
         self._database: sqlite3.Connection | None = None
         with self._lock:
             self._try(lambda database: None)
 
     def put(self, kind: str, body: Mapping[str, Any]) -> None:
-        """Keep an item for sending. Never raises for the disk's sake: a full disk leaves it in memory, for later."""
+        """Keep an item for sending. On a full disk it stays in memory and is written later."""
         with self._lock:
             self._backlog.append((time.time(), kind, json.dumps(body, default=str)))
             if self._try(self._write_backlog):
@@ -67,7 +67,7 @@ class Spool:
         return [Item(number, when, kind, json.loads(body)) for number, when, kind, body in rows]
 
     def settle(self, items: Sequence[Item], reached: Mapping[str, int]) -> None:
-        """Remove items that were sent, and note for each metric the last step sent. Raises sqlite3.Error."""
+        """Remove items that were sent, and note the last step sent of each metric. Raises sqlite3.Error."""
 
         def write(database: sqlite3.Connection) -> None:
             database.executemany("DELETE FROM items WHERE id = ?", [(item.id,) for item in items])
@@ -76,7 +76,7 @@ class Spool:
         self._must(write)
 
     def refuse(self, item: Item, why: str) -> None:
-        """Set aside an item that the server will never take. Raises sqlite3.Error."""
+        """Set aside an item that the server refuses. Raises sqlite3.Error."""
         self._must(lambda database: database.execute("UPDATE items SET refused = ? WHERE id = ?", (why, item.id)))
 
     def readmit(self) -> None:
@@ -92,7 +92,7 @@ class Spool:
         self._must(lambda database: _note_reached(database, reached))
 
     def clear_reached(self) -> None:
-        """Forget what was sent: the run is another one now. Raises sqlite3.Error."""
+        """Forget the last steps sent, because another MLflow run takes the items now. Raises sqlite3.Error."""
         self._must(lambda database: database.execute("DELETE FROM reached"))
 
     def counts(self) -> tuple[int, int]:
@@ -120,7 +120,7 @@ class Spool:
             return self._try(write)
 
     def close(self) -> None:
-        """Write what waits in memory, if it can, and close."""
+        """Write the items in memory if the disk takes them, and close."""
         with self._lock:
             if self._backlog and self._try(self._write_backlog):
                 self._backlog.clear()

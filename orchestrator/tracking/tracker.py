@@ -1,8 +1,8 @@
-"""MLflow as the loop sees it: hand over and go on. The sending happens in a process of its own.
+"""The driver's side of MLflow tracking: it puts items into the spool, and a process of its own sends them.
 
-Importing MLflow and creating its tables take seconds and 240 MB, and its requests hold the interpreter lock, so none
-of it happens in the driver. The driver writes to the spool (:mod:`orchestrator.tracking.spool`); the sender
-(:mod:`orchestrator.tracking.sender`) reads it and ends when the driver does, however the driver ends.
+Importing MLflow and creating its tables take seconds and 240 MB, and its requests hold the interpreter lock, so that
+another process does it: the sender (:mod:`orchestrator.tracking.sender`) reads the spool
+(:mod:`orchestrator.tracking.spool`) and ends with the driver, also when the driver is killed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ logger = logging.getLogger(__name__)
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 FINISH_S = 15.0
-"""How long :meth:`Tracker.finish` and a flush wait for what is left to be sent."""
+"""How long :meth:`Tracker.finish` waits for the last items to be sent."""
 CHECK_S = 10.0
 RESTART_S = 30.0
 
 
 class MediaPaths(Protocol):
-    """Where media lie; `rollout.media.MediaStore` is one."""
+    """Gives the files of media, as `rollout.media.MediaStore` does."""
 
     def path(self, ref: MediaRef, /) -> Path:
         """The file of a medium."""
@@ -46,12 +46,14 @@ class MediaPaths(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrackingStatus:
-    """Attributes:
-    run_id: MLflow's id of the run, None until the server was reached for the first time.
-    uri: the tracking URI.
-    waiting: items not sent yet.
-    refused: items that the server will never take (each is in the log).
-    error: why sending doesn't succeed at the moment, or None.
+    """Which items of a run were sent to MLflow, and which were not.
+
+    Attributes:
+        run_id: MLflow's id of the run, None until the server was reached for the first time.
+        uri: the tracking URI.
+        waiting: items not sent yet.
+        refused: items that the server refuses (each is in the log).
+        error: why sending fails at present, or None.
     """
 
     run_id: str | None
@@ -72,7 +74,7 @@ def resolve_uri(uri: str | None, folder: Path) -> str:
     scheme = uri.split(":", 1)[0].split("+", 1)[0]
     if ":" not in uri or scheme not in SCHEMES:
         raise ValueError(
-            f"tracking.uri = {uri!r} is not a tracking store of MLflow 3 (plain folders no longer are). Use "
+            f"tracking.uri = {uri!r} is not a tracking store of MLflow 3, which takes no plain folders. Use "
             f"http(s)://host:port, sqlite:///path.db, postgresql://..., or leave it out for SQLite in the run folder."
         )
     return uri
@@ -102,12 +104,12 @@ class Tracker:
         *,
         is_resumed: bool = True,
     ) -> Tracker:
-        """Start sending, or go on with the run of this folder (or of `run_id`). Returns at once.
+        """Start sending, to the MLflow run of this folder or of `run_id` if there is one. Returns at once.
 
         Args:
             params: the resolved configuration, nested or flat. A parameter that differs from what the run already
                 has is not an error: it becomes a tag and a `config_changes` artifact.
-            run_id: the run to go on with, if the caller knows it; by default what the folder's spool knows.
+            run_id: the MLflow run to continue, if the caller knows it; by default the one of the folder's spool.
             is_resumed: False starts another MLflow run where the folder already has one; what that one has not sent
                 yet is moved to `previous/`, a folder that :func:`flush_spool` takes.
         Raises:
@@ -161,16 +163,12 @@ class Tracker:
         """A file or folder, read when it is sent; sending the same name again replaces it."""
         self._put("artifact", {"path": str(path.resolve()), "folder": artifact_folder})
 
-    def tag(self, key: str, value: str) -> None:
-        """A tag of the run."""
-        self._put("tags", {"tags": {key: value}})
-
     def status(self) -> TrackingStatus:
-        """What was sent and what waits."""
+        """How many items wait to be sent, and why sending fails if it does."""
         return spool_status(self._spool) if self._spool else self._final
 
     def finish(self, status: RunStatus = "FINISHED", deadline_s: float = FINISH_S) -> TrackingStatus:
-        """Send what is left and end the run. After `deadline_s` what is left stays in the spool for later."""
+        """Send the last items and end the run. Items not sent after `deadline_s` stay in the spool."""
         if self._spool is None:
             return self.status()
         self._spool.put("finish", {"status": status})
@@ -184,11 +182,11 @@ class Tracker:
         self._spool = None
         if result.waiting:
             logger.warning(
-                "MLflow at %s has not taken %d items (%s). They are kept in %s; "
+                "%d items were not sent to MLflow at %s (%s). They are kept in %s; "
                 "`counterpoint track %s` or the next --resume sends them.",
-                result.uri,
                 result.waiting,
-                result.error or "no time was left",
+                result.uri,
+                result.error or "the time was over",
                 self._folder / SPOOL,
                 self._folder,
             )
@@ -214,13 +212,18 @@ class Tracker:
         status = self.status()
         if status.error and not self._warned:
             logger.warning(
-                "MLflow at %s: %s. Training goes on; %d items wait.", self._uri, status.error, status.waiting
+                "MLflow at %s takes no items: %s. Training goes on; %d items wait.",
+                self._uri,
+                status.error,
+                status.waiting,
             )
         elif self._warned and not status.error:
             logger.info("MLflow at %s takes items again; %d wait.", self._uri, status.waiting)
         self._warned = status.error
         if self._sender is not None and self._sender.poll() is not None and now - self._started >= RESTART_S:
-            logger.warning("the MLflow sender ended with code %s; starting another", self._sender.returncode)
+            logger.warning(
+                "the process that sends to MLflow ended with code %s; another one is started", self._sender.returncode
+            )
             self._start_sender()
 
     def _start_sender(self) -> None:
@@ -250,7 +253,7 @@ def _end(sender: subprocess.Popen[bytes], deadline_s: float) -> None:
             sender.stdin.write(f"{deadline_s}\n".encode())
             sender.stdin.close()
     except OSError:
-        logger.debug("the MLflow sender had ended before it was told to")
+        logger.debug("the process that sends to MLflow ended before it was told to")
     try:
         sender.wait(deadline_s + 1.0)
     except subprocess.TimeoutExpired:
@@ -259,20 +262,20 @@ def _end(sender: subprocess.Popen[bytes], deadline_s: float) -> None:
 
 
 def spool_status(spool: Spool) -> TrackingStatus:
-    """The state of a spool."""
+    """How many items of a spool wait, and why sending fails if it does."""
     waiting, refused = spool.counts()
     return TrackingStatus(spool.fact("run_id"), spool.fact("uri"), waiting, refused, spool.fact("error") or spool.error)
 
 
 def flush_spool(folder: Path, deadline_s: float = 60.0) -> TrackingStatus:
-    """Send what an earlier run could not, in a process of its own, and say what is left.
+    """Send the items that an earlier run did not send, in a process of its own, and count those left.
 
     Raises:
         FileNotFoundError: the folder has no spool.
     """
     folder = folder.resolve()
     if not (folder / SPOOL).exists():
-        raise FileNotFoundError(f"{folder} has no {SPOOL}: it is not the folder of a tracked run.")
+        raise FileNotFoundError(f"{folder} has no {SPOOL}, so it is not the folder of a tracked run.")
     spool = Spool(folder)
     try:
         spool.readmit()

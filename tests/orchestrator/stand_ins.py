@@ -277,15 +277,15 @@ async def fleet_of(replicas: int, events: Events, deadline_s: float = DEADLINE_S
     return fleet, generators
 
 
-async def scorer_of(server: RewardServer, events: Events) -> Rewards:
-    """A started scorer whose server is always this one, also after a restart."""
+async def rewards_of(server: RewardServer, events: Events) -> Rewards:
+    """A started rewards whose server is always this one, also after a restart."""
 
     async def launch() -> Any:
         return server
 
-    scorer = Rewards(launch, restarts=AT_ONCE, deadlines=DEADLINES, on_event=events)
-    await scorer.start()
-    return scorer
+    rewards = Rewards(launch, restarts=AT_ONCE, deadlines=DEADLINES, on_event=events)
+    await rewards.start()
+    return rewards
 
 
 async def until(is_so: Callable[[], Any]) -> None:

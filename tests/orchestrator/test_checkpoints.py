@@ -47,7 +47,6 @@ def test_everything_the_driver_needs_comes_back(tmp_path: Path) -> None:
         best=BestMetric(value=0.5, step=4),
         evaluated=6,
         mlflow_run_id="abc",
-        rl_seconds=12.5,
     )
     path = asyncio.run(Checkpoints(tmp_path, keep=1).write(state, save))
     assert path.name == "step-000007"

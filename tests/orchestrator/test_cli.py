@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,8 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner, Result
 
 from orchestrator.cli import app
+from orchestrator.preflight.checks import Finding
+from orchestrator.run_kinds import RUN_KINDS, RunKind
 from rollout.failures import DataError, Failure, FailureError, FailureKind
 
 RECIPE = """
@@ -47,7 +50,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """What the commands hand over, recorded in place of engines; each call answers with an exit code of 0."""
     made: list[tuple[str, Any]] = []
-    module = ModuleType("orchestrator.run_shell")
 
     def recorder(name: str) -> Any:
         def record(*arguments: Any, **named: Any) -> int:
@@ -56,9 +58,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
         return record
 
-    for name in ("train", "sft", "evaluate", "export"):
-        setattr(module, name, recorder(name))
-    monkeypatch.setitem(sys.modules, "orchestrator.run_shell", module)
+    for module, names in (("run_shell", ["run"]), ("evaluate_export", ["evaluate", "export"])):
+        stand_in = ModuleType(f"orchestrator.{module}")
+        for name in names:
+            setattr(stand_in, name, recorder(name))
+        monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
     return made
 
 
@@ -81,8 +85,9 @@ def test_the_version_is_printed() -> None:
 def test_training_gets_the_configuration_and_the_overrides(recipe: str, calls: list[tuple[str, Any]]) -> None:
     result = run("train", recipe, "trainer.learning_rate=3e-4", "--trainer.steps=7")
     assert result.exit_code == 0, result.output
-    ((name, (config, resume)),) = calls
-    assert (name, config.trainer.learning_rate, config.trainer.steps, resume) == ("train", 3e-4, 7, False)
+    ((name, (kind, config, resume)),) = calls
+    assert (name, kind.command, resume) == ("run", "train", False)
+    assert (config.trainer.learning_rate, config.trainer.steps) == (3e-4, 7)
 
 
 def test_a_bad_configuration_exits_with_2_and_starts_nothing(recipe: str, calls: list[tuple[str, Any]]) -> None:
@@ -135,7 +140,7 @@ def test_every_end_has_its_exit_code(
     def end(*_: Any, **__: Any) -> int:
         raise raised
 
-    sys.modules["orchestrator.run_shell"].train = end  # type: ignore[attr-defined]
+    sys.modules["orchestrator.run_shell"].run = end  # type: ignore[attr-defined]
     result = run("train", recipe)
     assert result.exit_code == code
     assert message in result.stderr.splitlines()[-1]
@@ -143,14 +148,15 @@ def test_every_end_has_its_exit_code(
 
 
 def test_the_exit_code_of_a_run_that_failed_is_passed_on(recipe: str, calls: list[tuple[str, Any]]) -> None:
-    sys.modules["orchestrator.run_shell"].train = lambda *_, **__: 1  # type: ignore[attr-defined]
+    sys.modules["orchestrator.run_shell"].run = lambda *_, **__: 1  # type: ignore[attr-defined]
     assert run("train", recipe).exit_code == 1
 
 
 def test_supervised_fine_tuning_has_its_own_recipe(recipe: str, calls: list[tuple[str, Any]]) -> None:
     Path(recipe).write_text("model: {path: ../model, max_length: 64}\ndata: {train: {path: data.jsonl}}\nsft: {}\n")
     assert run("sft", recipe, "sft.batch_size=4").exit_code == 0
-    assert calls[0][1][0].sft.batch_size == 4
+    kind, config, resume = calls[0][1]
+    assert (kind.command, config.sft.batch_size, resume) == ("sft", 4, False)
     refused = run("train", recipe)
     assert refused.exit_code == 2
     assert "`counterpoint sft`" in refused.stderr
@@ -198,6 +204,64 @@ def test_the_settings_are_listed_with_their_descriptions() -> None:
         result.stdout == "trainer.learning_rate\n    Peak learning rate of AdamW. (a number above 0; default 1e-06)\n"
     )
     assert run("config", "nothing").exit_code == 2
+
+
+def test_each_kind_of_run_is_a_command_with_its_own_schema_and_checks(
+    recipe: str, calls: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def noting(kind: RunKind) -> RunKind:
+        def checks() -> Any:
+            def check(config: Any, **_: Any) -> list[Finding]:
+                seen.append((kind.command, type(config).__name__))
+                return [Finding("error", f"the checks of {kind.command} say no")]
+
+            return check
+
+        return replace(kind, checks=checks)
+
+    monkeypatch.setattr("orchestrator.run_kinds.RUN_KINDS", tuple(map(noting, RUN_KINDS)))
+    Path("recipes/imitate.yaml").write_text(
+        "model: {path: ../model, max_length: 64}\ndata: {train: {path: data.jsonl}}\nsft: {}\n"
+    )
+    for given, command in ((recipe, "train"), ("recipes/imitate.yaml", "sft")):
+        result = run("check", given)
+        assert (result.exit_code, result.stderr) == (2, f"error: the checks of {command} say no\n")
+    assert seen == [("train", "Config"), ("sft", "SFTConfig")]
+    assert calls == []
+
+
+@pytest.mark.parametrize("command", [kind.command for kind in RUN_KINDS])
+def test_every_kind_of_run_can_be_resumed_and_lists_its_settings(recipe: str, command: str) -> None:
+    Path(recipe).write_text(
+        "model: {path: ../model, max_length: 1024}\ndata: {train: {path: data.jsonl}}\n"
+        + ("sft: {}\n" if command == "sft" else "reward: {components: [{function: exact_match}]}\n")
+    )
+    result = run(command, recipe, "--resume")
+    assert (result.exit_code, "holds no run to go on with" in result.stderr) == (2, True)
+    listed = run("config", "--kind", command)
+    assert listed.exit_code == 0
+    assert ("sft.batch_size" in listed.stdout) == (command == "sft")
+
+
+def test_a_recipe_of_no_kind_or_of_two_is_refused_with_the_kinds_there_are(recipe: str) -> None:
+    Path(recipe).write_text("model: {path: ../model}\ndata: {train: {path: data.jsonl}}\nsff: {}\n")
+    none = run("check", recipe)
+    assert none.exit_code == 2
+    assert none.stderr == (
+        "error: recipes/mine.yaml: no section says which kind of run it is. Add one of: reward or rollout or algorithm "
+        "for `counterpoint train`; sft for `counterpoint sft`.\n"
+    )
+    Path(recipe).write_text(RECIPE + "sft: {}\n")
+    two = run("check", recipe)
+    assert two.exit_code == 2
+    assert "it mixes sections of several kinds of run: reward (of `counterpoint train`) and sft" in two.stderr
+    unknown = run("config", "--kind", "stf")
+    assert (unknown.exit_code, unknown.stderr) == (
+        2,
+        "error: --kind: stf is not a kind of run. Choose one of: train, sft.\n",
+    )
 
 
 def test_a_refusal_through_the_real_command_has_no_traceback(recipe: str) -> None:

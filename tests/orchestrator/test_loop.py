@@ -17,9 +17,10 @@ from algorithms.kl import make_kl_controller
 from orchestrator.checkpoints import Checkpoints, RunState, read_state
 from orchestrator.config import cross_checks
 from orchestrator.config.schema import Config
-from orchestrator.loop import Training, uninterrupted
+from orchestrator.interruption import uninterrupted
+from orchestrator.loop import Training
 from orchestrator.record.progress import Progress
-from orchestrator.record.run_record import Record
+from orchestrator.record.run_record import RunRecord
 from orchestrator.step.appraisal import Appraiser
 from orchestrator.step.rollouts import Rollouts
 from orchestrator.telemetry import Telemetry
@@ -29,7 +30,7 @@ from rollout.failures import Failure, FailureError, FailureKind
 from rollout.ledger import Ledger
 from rollout.media import MediaStore
 from tests.conftest import overridden, rows, steps
-from tests.orchestrator.stand_ins import Critic, Events, Policy, RewardServer, fleet_of, prompt_set, scorer_of, until
+from tests.orchestrator.stand_ins import Critic, Events, Policy, RewardServer, fleet_of, prompt_set, rewards_of, until
 
 PLAIN = {
     "model": {"path": "model"},
@@ -67,7 +68,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Any]]:
             latest = checkpoints.latest() if is_resumed else None
             state = read_state(latest) if latest else RunState()
             tracker = Tracker.start(config.tracking, tmp_path, "test", {})
-            record = stack.enter_context(Record(tmp_path, resume_step=state.version if is_resumed else None))
+            record = stack.enter_context(RunRecord(tmp_path, resume_step=state.version if is_resumed else None))
             progress = Progress(3, mode="quiet", console=Console(file=io.StringIO()))
             telemetry = Telemetry(config.tracking, record, tracker, progress, MediaStore(tmp_path / "media"))
             ledger = stack.enter_context(Ledger(tmp_path / "ledger.db"))
@@ -75,7 +76,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Any]]:
             fleet, generators = await fleet_of(1, Events())
             prompts = prompt_set(12)
             cursor = PromptCursor.restore(prompts, state.cursor) if state.cursor else PromptCursor(prompts, seed=0)
-            scorer = await scorer_of(RewardServer(value), Events())
+            rewards = await rewards_of(RewardServer(value), Events())
             rollouts = Rollouts(
                 config.rollout,
                 steps=config.trainer.steps,
@@ -83,7 +84,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Any]]:
                 seed=0,
                 cursor=cursor,
                 fleet=fleet,
-                scorer=scorer,
+                rewards=rewards,
                 ledger=ledger,
                 on_event=telemetry.event,
                 with_greedy=config.algorithm.advantage == "remax",
@@ -94,7 +95,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Any]]:
                 policy,  # type: ignore[arg-type]
                 fleet,
                 None,
-                scorer,
+                rewards,
                 critic,
                 rollouts,
                 cursor,

@@ -26,6 +26,8 @@ from tests.conftest import MARK, Command, overridden, rows, steps
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 STOPS_WITHIN_S = 25.0
+NOW_WITHIN_S = 10.0
+"""After the second Ctrl-C."""
 
 
 def kill_one(command: Command, named: str) -> None:
@@ -189,17 +191,24 @@ def test_ctrl_c_during_an_update_lets_it_end_and_leaves_a_checkpoint_of_it(
     assert list(steps(run.folder)) == list(range(1, before + 2))
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_update(
-    slow_recipe: dict[str, Any], start: Callable[..., Command]
+@pytest.mark.parametrize(
+    ("seconds_a_reward", "wait_s"), [(0.04, 4.0), (1.0, 0.0)], ids=["update", "last checkpoint after generation"]
+)
+def test_a_second_ctrl_c_waits_neither_for_the_update_nor_for_the_last_checkpoint(
+    slow_recipe: dict[str, Any], start: Callable[..., Command], seconds_a_reward: float, wait_s: float
 ) -> None:
-    run = start(overridden(slow_recipe, trainer__steps=2000))
+    rewards = [{"function": "slowly", "arguments": {"seconds": seconds_a_reward}}]
+    run = start(overridden(slow_recipe, trainer__steps=2000, reward__components=rewards))
     run.until_step(3)
     (rank,) = run.processes("ray::PolicyRank")
     rank.send_signal(signal.SIGSTOP)
-    time.sleep(4.0)
+    time.sleep(wait_s)
     run.interrupt()
     time.sleep(1.0)
+    assert run.process.poll() is None, "the first Ctrl-C waits for the trainer"
     run.interrupt()
+    assert run.wait(NOW_WITHIN_S) == 130, run.output
+    assert "stopping now" in run.output
     assert_interrupted(run, version=2)
 
 

@@ -15,7 +15,7 @@ import pytest
 from orchestrator.record.jsonl import read_lines
 from orchestrator.record.run_record import (
     EvaluationResult,
-    Record,
+    RunRecord,
     SampleRow,
     read_evaluations,
     read_events,
@@ -35,7 +35,7 @@ def result(reward: float) -> EvaluationResult:
 
 
 def test_metrics_of_one_step_are_read_together_in_order_of_steps(tmp_path: Path) -> None:
-    with Record(tmp_path) as record:
+    with RunRecord(tmp_path) as record:
         record.metrics(1, {"train/loss": float(np.float32(0.5))})
         record.metrics(0, {"train/loss": 1.0})
         record.metrics(1, {"eval/greedy/reward": 0.25})
@@ -46,16 +46,15 @@ def test_metrics_of_one_step_are_read_together_in_order_of_steps(tmp_path: Path)
 
 
 def test_every_row_is_on_disk_before_the_call_returns(tmp_path: Path) -> None:
-    record = Record(tmp_path)
+    record = RunRecord(tmp_path)
     record.metrics(0, {"train/loss": 1.0})
     assert len(read_metrics(tmp_path)) == 1
 
 
 def test_values_that_are_not_finite_become_null_and_are_counted(tmp_path: Path) -> None:
-    with Record(tmp_path) as record:
+    with RunRecord(tmp_path) as record:
         record.metrics(0, {"train/loss": math.nan, "train/grad_norm": math.inf, "train/kl": 0.5})
         record.samples(0, [SampleRow("p", (), None, "c", math.nan, {"exact": -math.inf})])
-        assert record.non_finite == 4
     assert read_metrics(tmp_path)[0] | {"time": 0} == {
         "step": 0,
         "time": 0,
@@ -64,28 +63,30 @@ def test_values_that_are_not_finite_become_null_and_are_counted(tmp_path: Path) 
         "train/kl": 0.5,
     }
     assert read_samples(tmp_path)[0]["components"] == {"exact": None}
+    counts = [row["non_finite"] for name in ("metrics", "samples") for row in read_lines(tmp_path / f"{name}.jsonl")]
+    assert counts == [2, 2]
 
 
 def test_a_line_cut_short_by_a_crash_is_skipped_and_the_next_one_is_whole(tmp_path: Path) -> None:
-    with Record(tmp_path) as record:
+    with RunRecord(tmp_path) as record:
         record.metrics(0, {"train/loss": 1.0})
         record.metrics(1, {"train/loss": 2.0})
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     assert [row["step"] for row in read_metrics(tmp_path)] == [0]
-    with Record(tmp_path, resume_step=1) as record:
+    with RunRecord(tmp_path, resume_step=1) as record:
         record.metrics(2, {"train/loss": 3.0})
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 2]
 
 
 def test_a_resume_leaves_each_step_once_and_tells_what_it_removed(tmp_path: Path) -> None:
-    with Record(tmp_path) as record:
+    with RunRecord(tmp_path) as record:
         for step in range(6):
             record.metrics(step, {"train/loss": float(step)})
             record.samples(step, [SampleRow("p", (), None, f"first {step}", 1.0)])
         record.evaluation(0, "greedy", result(0.3))
         record.evaluation(5, "greedy", result(0.5))
-    with Record(tmp_path, resume_step=3) as record:
+    with RunRecord(tmp_path, resume_step=3) as record:
         for step in range(4, 8):
             record.metrics(step, {"train/loss": 100.0 + step})
         record.evaluation(5, "greedy", result(0.6))
@@ -100,17 +101,17 @@ def test_a_resume_leaves_each_step_once_and_tells_what_it_removed(tmp_path: Path
 
 
 def test_events_of_the_cut_run_stay_after_a_resume(tmp_path: Path) -> None:
-    with Record(tmp_path) as record:
+    with RunRecord(tmp_path) as record:
         record.event("alarm", step=9, metric="rollout/mismatch_kl", value=math.nan)
-    with Record(tmp_path, resume_step=3):
+    with RunRecord(tmp_path, resume_step=3):
         pass
     assert [event["kind"] for event in read_events(tmp_path)] == ["alarm", "resumed"]
 
 
 def test_a_run_started_anew_in_a_used_folder_keeps_the_old_record_apart(tmp_path: Path) -> None:
-    with Record(tmp_path) as record:
+    with RunRecord(tmp_path) as record:
         record.metrics(5, {"train/loss": 1.0})
-    with Record(tmp_path) as record:
+    with RunRecord(tmp_path) as record:
         record.metrics(1, {"train/loss": 2.0})
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
     (previous,) = (tmp_path / "previous").iterdir()
@@ -133,7 +134,7 @@ def test_a_scored_group_becomes_one_row_a_completion(tmp_path: Path) -> None:
         (0.0, -1.0, 5, 3),
     ]
     assert rows[0].prompt == "[image] Which digit?"
-    with Record(tmp_path) as record:
+    with RunRecord(tmp_path) as record:
         record.samples(0, rows)
     assert read_samples(tmp_path, "train")[0]["media"] == [
         {"kind": "image", "sha256": "ab" * 32, "media_type": "image/png"}
@@ -159,7 +160,7 @@ def _write_until_full(file: io.FileIO) -> None:
 
 def test_a_full_disk_neither_stops_the_run_nor_loses_or_halves_a_row(small_disk: Path) -> None:
     filler = small_disk / "filler"
-    with Record(small_disk) as record:
+    with RunRecord(small_disk) as record:
         record.metrics(0, {"train/loss": 0.0})
         filler.write_bytes(b"x" * 40_000)
         with filler.open("ab", buffering=0) as file, pytest.raises(OSError, match="No space left"):

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orchestrator.record.run_record import EvaluationResult, Record, SampleRow
+from orchestrator.record.run_record import EvaluationResult, RunRecord, SampleRow
 from orchestrator.report.page import write_report
-from orchestrator.report.summary import rl_seconds, summarise
+from orchestrator.report.summary import summarise, training_seconds
 from rollout.groups import GroupState, Transition
 from rollout.ledger import Ledger
 from rollout.media import MediaRef, MediaStore
@@ -89,7 +89,7 @@ def step_metrics(step: int, random: np.random.Generator) -> dict[str, float]:
     }
 
 
-def evaluation(record: Record, step: int, refs: list[MediaRef]) -> None:
+def evaluation(record: RunRecord, step: int, refs: list[MediaRef]) -> None:
     for mode, bonus in (("greedy", 0.05), ("sampled", 0.0)):
         mean = 0.41 + 0.38 * step / STEPS + bonus
         rows = []
@@ -121,7 +121,7 @@ def write_run(folder: Path) -> None:
     random = np.random.default_rng(0)
     refs = digits(MediaStore(folder / "media"), 16)
     (folder / "config.yaml").write_text(CONFIG)
-    with Record(folder) as record:
+    with RunRecord(folder) as record:
         record.event("started")
         evaluation(record, 0, refs)
         for step in range(1, STEPS + 1):
@@ -168,12 +168,12 @@ def test_the_account_of_groups_adds_up_in_summary_and_page(run: Path) -> None:
         "is_balanced": True,
     }
     text = Page((run / "report.html").read_text()).text
-    assert "it adds up." in text
+    assert "the account is balanced." in text
     assert "dropped: reward timeout 3 3.0%" in text
 
 
 def test_shares_of_time_add_up_to_one_and_what_no_part_claims_is_other(tmp_path: Path) -> None:
-    with Record(tmp_path) as record:
+    with RunRecord(tmp_path) as record:
         record.metrics(1, {"time/step_s": 10.0, "time/generate_s": 4.0, "time/learn_s": 3.0, "time/other_s": 1.0})
     breakdown = summarise(tmp_path)["time"]
     # 10 s a step; 4 + 3 named, 1 given as other, 2 claimed by none: other is 3
@@ -219,7 +219,7 @@ def test_plots_are_png_files_one_a_chart_and_an_overview(run: Path) -> None:
 
 def test_a_run_with_a_critic_shows_how_much_it_foretells(run: Path, tmp_path: Path) -> None:
     assert not (run / "plots" / "critic.png").exists()
-    with Record(tmp_path) as record:
+    with RunRecord(tmp_path) as record:
         for step in (1, 2):
             record.metrics(step, {"critic/loss": 0.5 / step, "critic/explained_variance": 0.1 * step})
     write_report(tmp_path)
@@ -227,8 +227,28 @@ def test_a_run_with_a_critic_shows_how_much_it_foretells(run: Path, tmp_path: Pa
     assert "Critic" in (tmp_path / "report.html").read_text()
 
 
+def test_a_supervised_run_shows_its_loss_and_schedule_and_nothing_of_groups_or_evaluations(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: {name: warm}\nsft: {}\ntrainer: {steps: 40}\n")
+    with RunRecord(tmp_path) as record:
+        record.event("started")
+        for step in range(1, 41):
+            metrics = {"train/loss": 2.0 / step, "train/learning_rate": 1e-3, "train/grad_norm": 1.0}
+            times = {"time/step_s": 0.5, "time/learn_s": 0.4, "time/other_s": 0.1}
+            record.metrics(step, metrics | times | {"train/tokens_per_second": 800.0})
+        record.event("finished", status="FINISHED", verdict="done")
+    text = Page(write_report(tmp_path).read_text()).text
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["loss"] == {"first": {"value": 2.0, "step": 1}, "last": {"value": 0.05, "step": 40}}
+    assert summary["throughput"]["tokens_per_s"] == pytest.approx(800.0)
+    names = {path.stem for path in (tmp_path / "plots").glob("*.png")}
+    assert names == {"loss", "learning_rate", "grad_norm", "throughput", "time", "overview"}
+    assert "Training loss" in text
+    for word in ("held-out", "Held-out", "Groups", "groups", "Weight", "Completions", "Reward", "reward"):
+        assert word not in text.split("Versions and configuration")[0], word
+
+
 def test_text_of_the_policy_is_shown_as_text_not_as_markup(tmp_path: Path) -> None:
-    with Record(tmp_path) as record:
+    with RunRecord(tmp_path) as record:
         record.samples(1, [SampleRow("<b>bold</b>", (), None, "<script>alert(1)</script>", 0.0)])
     page = Page(write_report(tmp_path).read_text())
     assert page.tags["script"] == page.tags["b"] == 0
@@ -237,20 +257,20 @@ def test_text_of_the_policy_is_shown_as_text_not_as_markup(tmp_path: Path) -> No
 
 def test_an_image_that_is_gone_or_damaged_does_not_stop_the_report(tmp_path: Path) -> None:
     gone = MediaRef("image", "ab" * 32, "image/png")
-    with Record(tmp_path) as record:
+    with RunRecord(tmp_path) as record:
         record.samples(1, [SampleRow("p", (gone,), None, "c", 0.0)])
     assert "medium 1" in Page(write_report(tmp_path).read_text()).text
 
 
 def test_an_empty_folder_gets_a_report_that_says_there_is_nothing_yet(tmp_path: Path) -> None:
     text = Page(write_report(tmp_path).read_text()).text
-    assert "Nothing has been evaluated on held-out prompts yet" in text
+    assert "No held-out prompts have been evaluated yet" in text
     assert json.loads((tmp_path / "summary.json").read_text())["eval"]["before"] == {}
 
 
 def test_a_cut_run_with_values_that_were_not_finite_gets_a_report(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("run: {name: cut")
-    with Record(tmp_path) as record:
+    with RunRecord(tmp_path) as record:
         record.event("started")
         record.metrics(1, {"train/entropy": math.nan, "reward/mean": 0.5, "time/step_s": 2.0, "weights/version": 1})
         record.metrics(2, {"train/entropy": math.inf, "reward/mean": math.nan, "time/step_s": 2.0})
@@ -264,7 +284,7 @@ def test_a_cut_run_with_values_that_were_not_finite_gets_a_report(tmp_path: Path
 
 
 def test_a_failed_run_shows_its_verdict_until_it_is_resumed(tmp_path: Path) -> None:
-    with Record(tmp_path) as record:
+    with RunRecord(tmp_path) as record:
         record.event("started")
         record.event("finished", status="FAILED", verdict="half of all rewards failed")
         failed = summarise(tmp_path)
@@ -281,11 +301,11 @@ def test_training_time_leaves_out_the_gap_before_a_resume() -> None:
 
     events = [{"kind": "started", "time": 90.0}, {"kind": "resumed", "time": 995.0}]
     # 100..120 (two steps), cut, resumed at 995, one step 1000..1010
-    assert rl_seconds([row(110.0), row(120.0), row(1010.0)], events) == pytest.approx(30.0)
+    assert training_seconds([row(110.0), row(120.0), row(1010.0)], events) == pytest.approx(30.0)
 
 
 def test_rewards_beyond_one_are_not_shown_as_percentages(tmp_path: Path) -> None:
-    with Record(tmp_path) as record:
+    with RunRecord(tmp_path) as record:
         record.evaluation(0, "greedy", EvaluationResult(-1.5, -1.7, -1.3, 10))
         record.evaluation(9, "greedy", EvaluationResult(2.25, 2.0, 2.5, 10))
     text = Page(write_report(tmp_path).read_text()).text

@@ -77,7 +77,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
 async def test_every_role_that_the_run_needs_is_started_and_stopped(stage: Stage, tmp_path: Path) -> None:
     async with start_roles(Config.model_validate(PLAIN), tmp_path, Events()) as roles:
         assert sorted(stage.running) == ["critic", "generator", "policy", "reference", "reward"]
-        found = (roles.policy, roles.critic, roles.fleet, roles.reference, roles.scorer)
+        found = (roles.policy, roles.critic, roles.fleet, roles.reference, roles.rewards)
         assert [role.name for role in found] == ["policy", "critic", "generator", "reference", "reward"]  # type: ignore[union-attr]
         assert not any(role.is_stopped for role in stage.running.values())
     assert all(role.is_stopped for role in stage.running.values())

@@ -7,7 +7,7 @@ import pytest
 from orchestrator.step.evaluation import evaluate
 from rollout.config import SamplingConfig
 from rollout.failures import Failure, FailureError, FailureKind
-from tests.orchestrator.stand_ins import Events, RewardServer, fleet_of, infrastructure, prompt, scorer_of
+from tests.orchestrator.stand_ins import Events, RewardServer, fleet_of, infrastructure, prompt, rewards_of
 
 SAMPLING = SamplingConfig(temperature=0.7)
 
@@ -15,11 +15,11 @@ SAMPLING = SamplingConfig(temperature=0.7)
 async def run(count: int, server: RewardServer, mode: str = "sampled", **how: object):  # type: ignore[no-untyped-def]
     events = Events()
     fleet, generators = await fleet_of(1, events)
-    scorer = await scorer_of(server, events)
+    rewards = await rewards_of(server, events)
     for name, value in how.items():
         setattr(generators.started[0], name, value)
     prompts = [prompt(str(index)) for index in range(count)]
-    found = await evaluate(fleet, scorer, prompts, SAMPLING, mode, version=3, seed=100, shown=2)  # type: ignore[arg-type]
+    found = await evaluate(fleet, rewards, prompts, SAMPLING, mode, version=3, seed=100, shown=2)  # type: ignore[arg-type]
     return found, generators
 
 
@@ -70,10 +70,10 @@ async def test_an_evaluation_of_which_too_much_failed_says_nothing_and_raises_th
 async def test_a_generator_that_dies_during_an_evaluation_costs_no_prompt() -> None:
     events = Events()
     fleet, generators = await fleet_of(1, events)
-    scorer = await scorer_of(RewardServer(even), events)
+    rewards = await rewards_of(RewardServer(even), events)
     generators.started[0].die()
     prompts = [prompt(str(index)) for index in range(10)]
-    found = await evaluate(fleet, scorer, prompts, SAMPLING, "greedy", version=0, seed=0, shown=2)
+    found = await evaluate(fleet, rewards, prompts, SAMPLING, "greedy", version=0, seed=0, shown=2)
     assert found.failed == {}
     assert found.result.n == 10
     assert len(generators.started) == 2

@@ -29,7 +29,7 @@ from tests.orchestrator.stand_ins import (
     infrastructure,
     offer,
     prompt_set,
-    scorer_of,
+    rewards_of,
     until,
 )
 
@@ -42,7 +42,7 @@ class Stage:
     fleet: GeneratorFleet
     generators: Generators
     rewards: RewardServer
-    scorer: Rewards
+    reward_role: Rewards
     cursor: PromptCursor
     ledger: Ledger
     events: Events
@@ -77,7 +77,7 @@ async def stage(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
         events = Events()
         fleet, generators = await fleet_of(replicas, events)
         rewards = RewardServer(by_index)
-        scorer = await scorer_of(rewards, events)
+        scorer = await rewards_of(rewards, events)
         cursor = PromptCursor(prompt_set(prompts), seed=0)
         ledger = Ledger(tmp_path / f"ledger-{len(made)}.db")
         rollouts = Rollouts(
@@ -87,7 +87,7 @@ async def stage(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             seed=seed,
             cursor=cursor,
             fleet=fleet,
-            scorer=scorer,
+            rewards=scorer,
             ledger=ledger,
             on_event=events,
         )
@@ -381,7 +381,7 @@ async def test_a_resumed_run_samples_with_the_seeds_of_an_uninterrupted_one(
             seed=5,
             cursor=cursor,
             fleet=fleet,
-            scorer=cut.scorer,
+            rewards=cut.reward_role,
             ledger=ledger,
             on_event=cut.events,
         )
