@@ -239,7 +239,7 @@ def test_every_kind_of_run_can_be_resumed_and_lists_its_settings(recipe: str, co
         + ("sft: {}\n" if command == "sft" else "reward: {components: [{function: exact_match}]}\n")
     )
     result = run(command, recipe, "--resume")
-    assert (result.exit_code, "holds no run to go on with" in result.stderr) == (2, True)
+    assert (result.exit_code, "holds no run to continue" in result.stderr) == (2, True)
     listed = run("config", "--kind", command)
     assert listed.exit_code == 0
     assert ("sft.batch_size" in listed.stdout) == (command == "sft")
