@@ -109,14 +109,6 @@ class RelayTree:
                 self._pulling.setdefault(better, []).append(name)
         return self._members.get(self._parents[name])
 
-    def children(self, name: str) -> list[str]:
-        """Names of the members that pull from a source over the network; ROOT is the publisher."""
-        return list(self._pulling.get(name, ()))
-
-    def parent(self, name: str) -> str | None:
-        """Name of a member's source; ROOT is the publisher, None means that the member has none and has to ask."""
-        return self._parents.get(name)
-
     def _leave(self, name: str) -> None:
         """Remove a member; those that pulled from it have to ask again."""
         member = self._members.pop(name, None)

@@ -80,15 +80,11 @@ class PushReport:
         version: the policy version.
         digest: digest of the sent version; "" where the push ended before all tensors were sent.
         results: one for each generator, in the order of the targets.
-        join_s: seconds to form the group; 0 where the last push's group was used.
-        send_s: seconds from the first call to the last answer.
     """
 
     version: int
     digest: str
     results: tuple[PushResult, ...]
-    join_s: float
-    send_s: float
 
     @property
     def current(self) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -290,7 +289,6 @@ class DeviceSender:
             self._sender = self._sender or self._make_sender()
             self._sender.send_weights()
             return None
-        started = time.monotonic()
         if _key(targets) != _key(self._client.targets):
             self.close()
             self._client = self._client_of(targets)
@@ -302,11 +300,9 @@ class DeviceSender:
 
         client, deadline = self._client, Deadline(self._settings.deadline_s)
         client.begin(deadline, self._phases, sent, self._abort)
-        join_s = 0.0
         try:
             if self._sender is None:
                 self._sender = self._make_sender()
-                join_s = time.monotonic() - started
             self._sender.send_weights()
         except PushFailedError as error:
             client.abandon(str(error))
@@ -317,7 +313,7 @@ class DeviceSender:
             raise
         results = tuple(client.results[target.name] for target in targets)
         digest = computed[-1].digest if computed else ""
-        report = PushReport(version, digest, results, join_s, time.monotonic() - started - join_s)
+        report = PushReport(version, digest, results)
         if not report.is_whole:
             logger.warning("%s", report)
         return report

@@ -91,9 +91,7 @@ class ZmqTransferBackend(WeightTransferEngine[ZmqInitInfo, ZmqUpdateInfo]):
         self._is_in_place = staged is None
         if staged is not None:
             staged.swap()
-            self._stager.submit(
-                staged.release
-            )  # the former weights, in a thread: freeing a model's memory takes a while
+            self._stager.submit(staged.release)  # the former weights: freeing a model's memory takes a while
             return
         initialize_layerwise_reload(self.model)
         try:

@@ -26,10 +26,20 @@ def tree_of(*members: Relay, fan_out: int = 2) -> RelayTree:
     return tree
 
 
+def children_of(tree: RelayTree, name: str) -> list[str]:
+    """Who pulls from a source over the network; ROOT is the publisher."""
+    return list(tree._pulling.get(name, ()))
+
+
+def parent_of(tree: RelayTree, name: str) -> str | None:
+    """A member's source; None for who has none and has to ask."""
+    return tree._parents.get(name)
+
+
 def test_seven_hosts_form_a_binary_tree():
     tree = tree_of(*map(relay, "abcdefg"))
     # a and b pull from the publisher; each of them serves two: the first places that are free, nearest first
-    assert {source: tree.children(source) for source in (ROOT, *"abcdefg") if tree.children(source)} == {
+    assert {source: children_of(tree, source) for source in (ROOT, *"abcdefg") if children_of(tree, source)} == {
         ROOT: ["a", "b"],
         "a": ["c", "d"],
         "b": ["e", "f"],
@@ -41,8 +51,8 @@ def test_the_answer_is_the_relay_itself_or_none_for_the_publisher():
     tree = RelayTree(1, TRAINER)
     assert tree.join(relay("a")) is None
     assert tree.join(relay("b")) == relay("a")
-    assert tree.parent("b") == "a"
-    assert tree.parent("c") is None
+    assert parent_of(tree, "b") == "a"
+    assert parent_of(tree, "c") is None
 
 
 def test_asking_again_gives_the_same_answer():
@@ -52,14 +62,14 @@ def test_asking_again_gives_the_same_answer():
 
 def test_one_generator_of_each_host_pulls_and_the_others_map_its_memory():
     tree = tree_of(relay("a", "x"), relay("b", "x"), relay("c", "y"), relay("d", "x"), relay("e", "y"), fan_out=1)
-    assert [tree.parent(name) for name in "abcde"] == [ROOT, "a", "a", "a", "c"]
-    assert (tree.children(ROOT), tree.children("a"), tree.children("c")) == (["a"], ["c"], [])
+    assert [parent_of(tree, name) for name in "abcde"] == [ROOT, "a", "a", "a", "c"]
+    assert (children_of(tree, ROOT), children_of(tree, "a"), children_of(tree, "c")) == (["a"], ["c"], [])
 
 
 def test_the_publishers_own_host_needs_no_leader_and_takes_no_place():
     tree = tree_of(relay("a", TRAINER), relay("b", TRAINER), relay("c"), fan_out=1)
-    assert [tree.parent(name) for name in "abc"] == [ROOT, ROOT, ROOT]
-    assert tree.children(ROOT) == ["c"]
+    assert [parent_of(tree, name) for name in "abc"] == [ROOT, ROOT, ROOT]
+    assert children_of(tree, ROOT) == ["c"]
 
 
 @given(st.lists(st.sampled_from(["x", "y", TRAINER]), min_size=1, max_size=20))
@@ -71,19 +81,19 @@ def test_without_a_fan_out_everybody_pulls_from_the_publisher(hosts):
 def test_those_who_serve_nobody_are_nobodys_source():
     tree = tree_of(*(relay(name, serves=False) for name in "abc"), relay("d"), relay("e"), fan_out=1)
     # there is no source with room until d joins; all before it, and d itself, go to the publisher
-    assert [tree.parent(name) for name in "abcde"] == [ROOT, ROOT, ROOT, ROOT, "d"]
+    assert [parent_of(tree, name) for name in "abcde"] == [ROOT, ROOT, ROOT, ROOT, "d"]
 
 
 def test_a_host_where_nobody_serves_has_no_leader():
     tree = tree_of(*(relay(name, "x", serves=False) for name in "ab"), relay("c", "x"), relay("d", "x"))
-    assert [tree.parent(name) for name in "abcd"] == [ROOT, ROOT, ROOT, "c"]
+    assert [parent_of(tree, name) for name in "abcd"] == [ROOT, ROOT, ROOT, "c"]
 
 
 def test_who_loses_a_source_gets_another_and_so_do_the_others_that_had_it():
     tree = tree_of(*map(relay, "abcd"), fan_out=1)
     assert tree.join(relay("c"), lost=relay("b").endpoint) == relay("a")
     assert tree.join(relay("d")) == relay("c")
-    assert tree.parent("b") is None
+    assert parent_of(tree, "b") is None
     assert tree.join(relay("b")) == relay("d"), "it was alive after all, and joins at the end"
 
 
@@ -91,13 +101,13 @@ def test_a_new_process_by_the_name_of_one_that_was_lost_keeps_its_place():
     tree = tree_of(*map(relay, "ab"), fan_out=1)
     assert tree.join(relay("a", process=2)) is None
     assert tree.join(relay("b"), lost=relay("a").endpoint) == relay("a", process=2)
-    assert tree.parent("a") == ROOT
+    assert parent_of(tree, "a") == ROOT
 
 
 def test_a_new_process_by_the_same_name_takes_over_no_children():
     tree = tree_of(*map(relay, "abc"), fan_out=1)
     assert tree.join(relay("a", process=2)) is None
-    assert tree.children("a") == []
+    assert children_of(tree, "a") == []
     assert tree.join(relay("b")) == relay("a", process=2)
 
 
@@ -113,7 +123,7 @@ def test_a_leader_that_lost_its_source_stays_its_hosts_leader():
     tree.join(relay("z"), lost=relay("a").endpoint)  # so b has no source, until it asks again
     assert tree.join(relay("d", "x")) == relay("b", "x")
     assert tree.join(relay("b", "x")) == relay("z")
-    assert tree.children("z") == ["b"]
+    assert children_of(tree, "z") == ["b"]
 
 
 def test_who_waits_at_a_slow_source_goes_on_from_one_that_has_all_of_it():
@@ -122,7 +132,7 @@ def test_who_waits_at_a_slow_source_goes_on_from_one_that_has_all_of_it():
     tree.done("b")
     assert tree.reassign(relay("c")) == relay("b")
     assert tree.reassign(relay("d")) == relay("b")
-    assert (tree.children("a"), tree.children("b")) == ([], ["c", "d"])
+    assert (children_of(tree, "a"), children_of(tree, "b")) == ([], ["c", "d"])
     assert tree.join(relay("e")) == relay("c"), "a gets no more children, and b has no room"
 
 
@@ -155,7 +165,7 @@ def test_those_who_were_slow_with_the_version_before_get_no_children():
     tree = RelayTree(1, TRAINER, slow={"a"})
     for name in "ab":
         tree.join(relay(name))
-    assert tree.children(ROOT) == ["a", "b"], "there is nobody else to send b to"
+    assert children_of(tree, ROOT) == ["a", "b"], "there is nobody else to send b to"
     assert tree.join(relay("c")) == relay("b")
 
 
@@ -163,8 +173,8 @@ def test_those_who_were_slow_with_the_version_before_get_no_children():
 def test_the_publisher_serves_at_most_its_fan_out_over_the_network_however_many_join(fan_out, hosts):
     tree = tree_of(*(relay(str(i), host) for i, host in enumerate(hosts)), fan_out=fan_out)
     leaders = len(set(hosts) - {TRAINER})
-    assert len(tree.children(ROOT)) == min(fan_out, leaders)
-    assert sum(len(tree.children(name)) for name in (ROOT, *map(str, range(len(hosts))))) == leaders
+    assert len(children_of(tree, ROOT)) == min(fan_out, leaders)
+    assert sum(len(children_of(tree, name)) for name in (ROOT, *map(str, range(len(hosts))))) == leaders
 
 
 @pytest.mark.parametrize("fan_out", [1, 2, 3, 8])
@@ -173,7 +183,7 @@ def test_a_thousand_hosts_are_as_near_to_the_publisher_as_the_fan_out_allows(fan
     tree = tree_of(*(relay(str(i)) for i in range(count)), fan_out=fan_out)
     depths = {ROOT: 0}
     for name in map(str, range(count)):
-        parent = tree.parent(name)
+        parent = parent_of(tree, name)
         assert parent is not None
         depths[name] = depths[parent] + 1
     # level k has room for fan_out ** k
@@ -196,7 +206,7 @@ class Comings(RuleBasedStateMachine):
         self.processes = 0
 
     def ask(self, member: Relay, lost: str | None = None) -> None:
-        before = self.tree.parent(member.name)
+        before = parent_of(self.tree, member.name)
         is_same = self.known.get(member.name) == member
         self.complete -= set() if is_same else {member.name}
         self.known[member.name] = member
@@ -206,7 +216,7 @@ class Comings(RuleBasedStateMachine):
             self.lost.add(lost)
             self.complete.discard(lost)
         answer = self.tree.join(member, endpoint)
-        parent = self.tree.parent(member.name)
+        parent = parent_of(self.tree, member.name)
         assert answer == (None if parent == ROOT else self.known[parent])
         if is_same and before not in (None, lost):
             assert parent == before, "asking again gives the same answer"
@@ -216,19 +226,19 @@ class Comings(RuleBasedStateMachine):
             return
         leaders = [name for name in self.leaders(member.host) if name != member.name]
         assert leaders in ([], [parent]), "whose host has a leader maps its memory"
-        if parent == ROOT and len(self.tree.children(ROOT)) > self.tree.fan_out:
+        if parent == ROOT and len(children_of(self.tree, ROOT)) > self.tree.fan_out:
             assert not self.with_room(member.name), "the publisher takes one more only where nobody else can"
 
     def chain(self, name: str) -> list[str]:
         """A member, its source, and so on."""
         chain = [name]
-        while (parent := self.tree.parent(chain[-1])) not in (None, ROOT):
+        while (parent := parent_of(self.tree, chain[-1])) not in (None, ROOT):
             assert parent not in chain, f"{parent} is its own ancestor"
             chain.append(parent)
         return chain
 
     def maps(self, name: str) -> bool:
-        parent = self.tree.parent(name)
+        parent = parent_of(self.tree, name)
         if parent is None:
             return False
         return self.known[name].host == (TRAINER if parent == ROOT else self.known[parent].host)
@@ -241,7 +251,7 @@ class Comings(RuleBasedStateMachine):
             if member.host == host
             and member.endpoint
             and name not in self.lost
-            and self.tree.parent(name) is not None
+            and parent_of(self.tree, name) is not None
             and not self.maps(name)
         ]
 
@@ -254,10 +264,10 @@ class Comings(RuleBasedStateMachine):
             and other not in self.lost
             and not self.maps(other)
             and other not in self.tree.slow
-            and len(self.tree.children(other)) < self.tree.fan_out
-            and self.tree.parent(other) is not None
+            and len(children_of(self.tree, other)) < self.tree.fan_out
+            and parent_of(self.tree, other) is not None
             and name not in self.chain(other)
-            and self.tree.parent(self.chain(other)[-1]) == ROOT
+            and parent_of(self.tree, self.chain(other)[-1]) == ROOT
         ]
 
     @rule(
@@ -279,7 +289,7 @@ class Comings(RuleBasedStateMachine):
     @rule(data=st.data())
     def loses_its_source(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.known)))
-        self.ask(self.known[name], self.tree.parent(name) or None)
+        self.ask(self.known[name], parent_of(self.tree, name) or None)
 
     @precondition(lambda self: self.known)
     @rule(data=st.data(), lost=st.sampled_from([*"abcdefgh", "nobody"]))
@@ -299,17 +309,17 @@ class Comings(RuleBasedStateMachine):
     @rule(data=st.data(), is_late=st.booleans())
     def waits(self, data: st.DataObject, is_late: bool) -> None:
         name = data.draw(st.sampled_from(sorted(set(self.known) - self.lost) or sorted(self.known)))
-        before, mapped = self.tree.parent(name), self.maps(name)
+        before, mapped = parent_of(self.tree, name), self.maps(name)
         self.lost.discard(name)
         answer = self.tree.reassign(self.known[name], is_late=is_late)
-        parent = self.tree.parent(name)
+        parent = parent_of(self.tree, name)
         assert answer == (None if parent == ROOT else self.known[parent])
         if before is not None and parent != before:
             assert not mapped
             assert before in self.tree.slow
             assert is_late or before not in self.complete
             assert parent == ROOT or parent in self.complete
-            assert len(set(self.tree.children(parent)) - self.complete - {name}) < self.tree.fan_out
+            assert len(set(children_of(self.tree, parent)) - self.complete - {name}) < self.tree.fan_out
 
     @invariant()
     def nobody_is_its_own_ancestor(self) -> None:
@@ -319,18 +329,18 @@ class Comings(RuleBasedStateMachine):
     @invariant()
     def relays_have_no_more_children_than_the_fan_out(self) -> None:
         for name in getattr(self, "known", {}):
-            assert len(set(self.tree.children(name)) - self.complete) <= self.tree.fan_out
+            assert len(set(children_of(self.tree, name)) - self.complete) <= self.tree.fan_out
 
     @invariant()
     def every_source_serves(self) -> None:
         for name in getattr(self, "known", {}):
-            parent = self.tree.parent(name)
+            parent = parent_of(self.tree, name)
             assert parent in (None, ROOT) or self.known[parent].endpoint
 
     @invariant()
     def the_lost_have_no_children(self) -> None:
         for name in getattr(self, "known", {}):
-            assert self.tree.parent(name) not in self.lost
+            assert parent_of(self.tree, name) not in self.lost
 
     @invariant()
     def a_host_has_one_leader(self) -> None:
@@ -340,7 +350,7 @@ class Comings(RuleBasedStateMachine):
     @invariant()
     def who_maps_memory_maps_it_of_one_who_pulls(self) -> None:
         for name in getattr(self, "known", {}):
-            parent = self.tree.parent(name)
+            parent = parent_of(self.tree, name)
             assert parent in (None, ROOT) or not self.maps(parent)
 
     def teardown(self) -> None:
@@ -349,7 +359,7 @@ class Comings(RuleBasedStateMachine):
             for member in getattr(self, "known", {}).values():
                 self.ask(member)
         for name in getattr(self, "known", {}):
-            assert self.tree.parent(self.chain(name)[-1]) == ROOT
+            assert parent_of(self.tree, self.chain(name)[-1]) == ROOT
 
 
 TestComings = Comings.TestCase
@@ -360,5 +370,5 @@ def test_relays_are_told_apart_by_all_that_they_are():
     tree = tree_of(relay("a"), relay("b"), fan_out=1)
     for other in (replace(relay("a"), server_key="other"), replace(relay("a"), host="other")):
         tree.join(other)
-        assert tree.children("a") == []
+        assert children_of(tree, "a") == []
         assert tree.join(relay("b")) == other
