@@ -1,4 +1,4 @@
-"""The demo, from nothing to a report: build a small vision-language policy, warm it up, train it by online GRPO.
+"""The demo, from nothing to a report: build a small vision-language policy, fine-tune it, train it by online GRPO.
 
 `make demo` calls this. Each part is a command that anyone can call by hand; they are printed as they run.
 """
@@ -35,7 +35,7 @@ def set_aside(folder: Path) -> None:
             f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(folder.stat().st_mtime))}"
         )
         folder.rename(kept)
-        print(f"demo: the demo before this one is now {kept}")
+        print(f"demo: the earlier demo is now in {kept}")
 
 
 def main() -> int:
