@@ -188,9 +188,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether the file is current")
     if bare := undocumented():
-        print(
-            f"these methods lack a formula, a source or a word on when to use them: {', '.join(bare)}", file=sys.stderr
-        )
+        print(f"no formula, source or word on when to use them: {', '.join(bare)}", file=sys.stderr)
         return 1
     made = document()
     if not parser.parse_args().check:

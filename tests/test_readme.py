@@ -80,7 +80,7 @@ def test_the_example_trains_resumes_and_exports_as_printed(workplace: Path) -> N
 
 @pytest.mark.parametrize("document", [README, *sorted((README.parent / "docs").glob("*.md"))], ids=lambda p: p.name)
 def test_every_file_that_a_document_links_is_there(document: Path) -> None:
-    links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", document.read_text("utf-8"))
+    links = re.findall(r"\]\(((?!https?:)[^)#\s]+)\)", document.read_text("utf-8"))
     assert [link for link in links if not (document.parent / link).exists()] == []
 
 

@@ -74,7 +74,7 @@ def test_the_plain_configuration_works_without_warnings() -> None:
         ([("algorithm.loss_options", {"hihg": 0.3})], "algorithm.loss_options.hihg is not an option of 'clip'"),
         ([("algorithm.loss_options", {"low": 2})], "algorithm.loss_options.low = 2"),
         ([("algorithm.advantage", "gae"), ("algorithm.loss", "gspo")], "one ratio for a whole sequence"),
-        ([("algorithm.loss", "topr")], "would count the mismatch twice"),
+        ([("algorithm.loss", "topr")], "would correct the mismatch twice"),
         ([("algorithm.advantage", "gdpo"), ("algorithm.combination", "minimum")], "combines them itself"),
         ([("algorithm.advantage", "gae"), ("algorithm.credit", "turn")], "gives each token a credit of its own"),
         ([("algorithm.gradient_combination", "mgda")], "has only one"),
