@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The demo as a RayJob: build the small policy, warm it up, then train it online.
+# The demo as a RayJob: builds the small policy, fine-tunes it on demonstrations, then trains it online.
 #   demo.sh RUN_FOLDER [KEY=VALUE ...]
-# The overrides go to both runs, so they can only be of sections both have (cluster, tracking, deadlines).
+# Both runs get the overrides, so only sections of both are allowed (cluster, tracking, deadlines).
 set -euo pipefail
 
 if [ "$#" -lt 1 ]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a pod does before it is stopped (preStop), so that a run which is cut short leaves a checkpoint.
+# Drains a pod before it is stopped (preStop), so that the driver can write a last checkpoint.
 #   drain.sh driver SECONDS   on the head: stop the driver as Ctrl-C would, and wait until it has ended
 #   drain.sh worker SECONDS   on a trainer's node: stay as long as the head's control store answers
 # Never longer than SECONDS, which is below the pod's terminationGracePeriodSeconds.
@@ -33,7 +33,7 @@ case $role in
   driver) driver ;;
   worker) worker ;;
   *)
-    echo "drain.sh: $role is neither driver nor worker" >&2
+    echo "drain.sh: $role is not a part to drain; write driver or worker" >&2
     exit 2
     ;;
 esac

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Entrypoint of a RayJob: start a run, or go on with the one that its folder on the volume holds.
+# Entrypoint of a RayJob: starts a run, or resumes the run that the folder on the volume holds.
 #   entrypoint.sh RUN_FOLDER RECIPE [KEY=VALUE ...]
-# A retried job calls the same command again, so what to do can only be seen from the run folder.
+# A retried job calls the same command again, so the run folder decides which of the two it is.
 set -euo pipefail
 
 if [ "$#" -lt 2 ]; then

@@ -1,8 +1,8 @@
-"""Make `.venv` with everything Counterpoint needs, on a machine that has Python 3.11+ and a C++ compiler.
+"""Make `.venv` with everything Counterpoint needs, on a machine with Python 3.11 to 3.13 and a C++ compiler.
 
-Standard library only: it runs before anything is installed. A second call with nothing changed takes well under
-a second. It works with a package index alone and with PyTorch's CPU index beside it, and says what is missing
-before it starts to install.
+It uses the standard library alone, because it runs before anything is installed. A second call with nothing changed
+takes well under a second. It works with a package index alone and with PyTorch's CPU index beside it, and says what
+is missing before it starts to install.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def install(python: Path, extra: str, torch_index: str) -> None:
             say(f"PyTorch's CPU builds come from {torch_index}")
             options = ["--extra-index-url", torch_index]
         else:
-            say("PyTorch's CPU index doesn't answer; trying the package index and local files alone")
+            say("PyTorch's CPU index doesn't answer; using the package index and local files alone")
     try:
         run(*pip, *options, "--editable", f"{ROOT}[{extra},dev]")
     except SetupError as error:
@@ -161,10 +161,10 @@ def install(python: Path, extra: str, torch_index: str) -> None:
 
 
 def mend(python: Path) -> None:
-    """Bring the torch companions in line: builds linked against CUDA don't load beside a CPU torch."""
+    """Repair packages built for CUDA that can't be imported beside a CPU build of torch."""
     broken = [name for name in ("torchaudio", "torchcodec") if installed(python, name) and not imports(python, name)]
     if broken:
-        say(f"removing {' and '.join(broken)}: built for CUDA, and vLLM fails on their import")
+        say(f"removing {' and '.join(broken)}: they are built for CUDA, and vLLM fails on their import")
         run(python, "-m", "pip", "uninstall", "--quiet", "--yes", *broken, quiet=True)
     hook = site_packages(python) / "_declare_torchvision_operators.py"
     if installed(python, "torchvision") and not imports(python, "torchvision"):
@@ -172,7 +172,7 @@ def mend(python: Path) -> None:
         hook.write_text(OPERATOR_HOOK)
         hook.with_suffix(".pth").write_text(f"import {hook.stem}\n")
         if not imports(python, "torchvision"):
-            raise SetupError("torchvision can't be imported, with its operators declared either")
+            raise SetupError("torchvision can't be imported, even with its operators declared")
 
 
 def installed(python: Path, distribution: str) -> bool:

@@ -1,6 +1,6 @@
-"""Writes docs/algorithms.md from the registries, so that the two can't disagree. With --check, only compares.
+"""Writes docs/algorithms.md from the registries. With --check, it compares the two and fails where they differ.
 
-Fails where a built-in method says nothing of its formula, its source or when to use it.
+It also fails where a built-in method lacks a formula, a source or a word on when to use it.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether the file is current")
     if bare := undocumented():
-        print(f"without a formula, a source or a word on when to use them: {', '.join(bare)}", file=sys.stderr)
+        print(f"no formula, source or word on when to use them: {', '.join(bare)}", file=sys.stderr)
         return 1
     made = document()
     if not parser.parse_args().check:

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the schema, so that the two can't disagree. With --check, only compares."""
+"""Writes docs/configuration.md from the schema. With --check, it compares the two and fails where they differ."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ A run is described by a recipe, a YAML file (`recipes/`), and by overrides on th
     counterpoint train recipes/digits.yaml trainer.learning_rate=3e-4 rollout.max_staleness=1
 
 - A key that isn't in these tables, a value of another type, or settings that can't work together are refused before
-  anything starts, all problems at once. `counterpoint check RECIPE` only looks.
+  anything starts, all problems at once. `counterpoint check RECIPE` checks and starts nothing.
 - Values of overrides are YAML. An entry of a list is reached by its index (`reward.components.0.weight=2`), or the
   whole list is given (`trainer.betas=[0.9, 0.99]`). `evaluation={}` puts a section back to its defaults.
 - YAML is read by the core schema of YAML 1.2: `3e-4` is a number, and only `true` and `false` are truth values. A
@@ -39,7 +39,7 @@ def document() -> str:
         "## Training\n\nSettings of `counterpoint train` and `counterpoint evaluate`.\n",
         *_sections(Config, Config),
         "## Supervised fine-tuning\n",
-        "`counterpoint sft` knows the sections above named "
+        "`counterpoint sft` has the sections above named "
         + ", ".join(_shared(name) for name in SFTConfig.model_fields if name in Config.model_fields)
         + ", and:\n",
         *(part for name, part in _by_section(SFTConfig) if name not in Config.model_fields),

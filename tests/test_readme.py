@@ -78,8 +78,15 @@ def test_the_example_trains_resumes_and_exports_as_printed(workplace: Path) -> N
     assert (workplace / "exported" / "model.safetensors").is_file()
 
 
-def test_every_file_that_the_readme_links_is_there() -> None:
-    links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", README.read_text("utf-8"))
-    assert links
-    missing = [link for link in links if not (README.parent / link).exists()]
-    assert not missing
+@pytest.mark.parametrize("document", [README, *sorted((README.parent / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_every_file_that_a_document_links_is_there(document: Path) -> None:
+    links = re.findall(r"\]\(((?!https?:)[^)#\s]+)\)", document.read_text("utf-8"))
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_the_readme_names_every_room_and_sub_room() -> None:
+    root = README.parent
+    rooms = ("algorithms", "rollout", "reward", "actors", "orchestrator")
+    packages = {path.parent.relative_to(root) for room in rooms for path in (root / room).rglob("__init__.py")}
+    house = README.read_text("utf-8").partition("## The house")[2]
+    assert [str(path) for path in packages if f"{path.name}/`" not in house] == []

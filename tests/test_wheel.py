@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,13 @@ def test_every_file_of_every_room_is_in_the_wheel_and_nothing_else(wheel: Path) 
     }
     assert len(rooms) > 100
     assert packed == rooms | {Path("actors/new_room/__init__.py"), Path("new_room/__init__.py")}
+
+
+@pytest.mark.parametrize("image", ["Dockerfile.cpu", "Dockerfile.gpu"])
+def test_an_image_makes_every_room_before_it_installs_the_package(image: str) -> None:
+    made = re.search(r"for room in (.+?);", (ROOT / "k8s" / "docker" / image).read_text("utf-8"))
+    assert made is not None
+    assert {*made[1].split()} == {path.parent.name for path in ROOT.glob("*/__init__.py")} == {*ROOMS}
 
 
 def test_the_command_shows_its_help_from_the_wheel_alone(python: Path, tmp_path: Path) -> None:

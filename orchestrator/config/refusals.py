@@ -24,7 +24,7 @@ def unknown_key(schema: Schema, key: str) -> str:
     parts = key.split(".")
     for other, command in ((Config, "train"), (SFTConfig, "sft")):
         if other is not schema and parts[0] in other.model_fields and parts[0] not in schema.model_fields:
-            return f"{key} is not a setting here. Leave it out, or use `counterpoint {command}`, which knows it."
+            return f"{key} is not a setting here. Leave it out, or use `counterpoint {command}`, which has it."
     known = {setting.key for setting in settings(schema)}
     known |= {k.rsplit(".", depth)[0] for k in known for depth in range(1, k.count(".") + 1)}
     folder, _, name = general_key(parts).rpartition(".")

@@ -35,7 +35,7 @@ OutputPath = Annotated[Path, Output()]
 
 
 class RunConfig(BaseModel):
-    """Name, place and seed of the run."""
+    """Name, folder and seed of the run."""
 
     model_config = STRICT
 
@@ -62,7 +62,9 @@ class EvaluationConfig(BaseModel):
     every_steps: int = Field(20, ge=0, description="Evaluate every so many steps; 0 only before and after.")
     prompts: int | None = Field(None, ge=1, description="Use only so many held-out prompts during training.")
     modes: tuple[Literal["greedy", "sampled"], ...] = Field(("greedy", "sampled"), description="Decoding modes.")
-    sampling: SamplingConfig = Field(SamplingConfig(), description="Of the sampled mode; greedy sets temperature 0.")
+    sampling: SamplingConfig = Field(
+        SamplingConfig(), description="Sampling of the sampled mode; the greedy mode sets temperature 0."
+    )
 
 
 class CheckpointSchedule(BaseModel):
@@ -85,7 +87,7 @@ class CheckpointConfig(CheckpointSchedule):
 
 
 class TrackingConfig(BaseModel):
-    """MLflow."""
+    """What is recorded in MLflow."""
 
     model_config = STRICT
 
@@ -112,7 +114,7 @@ class RoleResources(BaseModel):
 
 
 class ClusterConfig(BaseModel):
-    """The Ray cluster and the share of it each role asks for."""
+    """The Ray cluster, and the resources that each role asks for."""
 
     model_config = STRICT
 
@@ -127,7 +129,7 @@ class ClusterConfig(BaseModel):
 
 
 class Config(BaseModel):
-    """Everything a run is made of."""
+    """All settings of a training run."""
 
     model_config = STRICT
 
@@ -156,7 +158,7 @@ class Config(BaseModel):
 
 
 class SupervisedConfig(BaseModel):
-    """What is imitated, and how much of it a step."""
+    """The text to imitate, and the size of a batch."""
 
     model_config = STRICT
 
@@ -170,7 +172,7 @@ class SupervisedConfig(BaseModel):
 
 
 class SFTConfig(BaseModel):
-    """Everything a supervised fine-tuning run is made of: the policy trainer with the loss "nll", and no rollouts."""
+    """All settings of a supervised fine-tuning run: the policy trainer with the loss "nll", without rollouts."""
 
     model_config = STRICT
 
