@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,8 @@ from tests.tiny_model import build_tiny_vlm
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module")
-def session() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 async def test_replicas_share_the_work_agree_with_plain_pytorch_and_say_when_one_is_lost(
-    session: None, tmp_path: Path
+    ray_session: None, tmp_path: Path
 ) -> None:
     model = build_tiny_vlm(tmp_path / "model", tied=False)
     samples = make_samples(model, tmp_path / "media")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 from rich.console import Console
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -51,6 +52,7 @@ def test_the_delta_is_a_small_part_of_the_bytes_and_a_relay_takes_load_off_the_p
 
 @pytest.mark.engine
 def test_what_a_user_would_do_without_us_is_measured_too() -> None:
+    ray.shutdown()  # of the session that other files share: the benchmark starts its own
     rows = rows_of("--only", "alternatives")
     assert_finite(rows)
     assert [row.case.split(",")[0] for row in rows] == ["safetensors on disk", "Ray's object store"]

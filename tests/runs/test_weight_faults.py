@@ -196,6 +196,7 @@ async def scene(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene
         patch.setattr(actors.generator.handle, "Generator", SteppingGenerator)
         patch.setattr(orchestrator.roles.fleet, "MAX_RESTARTS", 100)
         environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+        ray.shutdown()  # of the session that other files share
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
         try:
             await made.fleet.start(2)

@@ -1,6 +1,7 @@
 """The generator with a real engine: what it samples, what it refuses, and how it changes weights in flight.
 
-One engine serves the whole module, without Ray. Trainer and generator are compared in float32 with plain transformers.
+One engine, which other files share (tests/actors/conftest.py), without Ray. Trainer and generator are compared in
+float32 with plain transformers.
 """
 
 from __future__ import annotations
@@ -9,14 +10,12 @@ import asyncio
 import copy
 import os
 import socket
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-import pytest_asyncio
 import torch
 from PIL import Image
 
@@ -33,11 +32,12 @@ from rollout.failures import Failure, FailureError, FailureKind
 from rollout.media import MediaRef, MediaStore
 from rollout.prompts import MediaPart, Message, Prompt, TextPart
 from rollout.samples import Completion, FinishReason, Generation
+from tests.forks import ForkContext, forked_cores
 from tests.tiny_model import VOCABULARY, VOCABULARY_SIZE, build_tiny_vlm
 
 MAX_LENGTH = 256
 LOOSE = SamplingConfig(max_tokens=16)
-engine_test = pytest.mark.asyncio(loop_scope="module")
+engine_test = pytest.mark.asyncio(loop_scope="session")
 
 
 @dataclass
@@ -48,6 +48,15 @@ class Policy:
     source: PolicyPartSource
     publisher: WeightPublisher
     version: int = 0
+
+    def __post_init__(self) -> None:
+        self._initial = copy.deepcopy(self.module.state_dict())
+
+    def begin_anew(self) -> WeightsOffer:
+        """Publish the weights of the beginning as the next version: many changes in a row make rounding errors grow."""
+        self.module.load_state_dict(self._initial)
+        self.version += 1
+        return self.publish()
 
     def perturb(self) -> WeightsOffer:
         """Change every weight and publish the next version."""
@@ -120,23 +129,20 @@ async def start(folder: Path, root: Path) -> Setup:
     config = GeneratorConfig(enforce_eager=True, kv_cache_gib=0.25)
     os.environ.update(engine_environment(config))
     model = ModelConfig(path=folder, precision="float32", max_length=MAX_LENGTH)
-    deadlines = DeadlineConfig(sync_s=5.0, stop_s=10.0)
+    deadlines = DeadlineConfig(sync_s=60.0, stop_s=10.0)
     weights = WeightsConfig(canaries=0, patience_s=1.0)
     generator = Generator(GeneratorSpec(model, config, deadlines, media.folder, weights=weights))
-    await generator.ready()
+    with forked_cores():
+        await generator.ready()
     module = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     source = PolicyPartSource(module_tensors(module, "float32"), gather_bytes=300_000)
     encoder = PromptEncoder.from_pretrained(folder, media)
     return Setup(generator, Policy(module, source, WeightPublisher(bucket_bytes=64 << 10)), encoder, media)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def setup(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup]:
-    root = tmp_path_factory.mktemp("generator")
-    made = await start(build_tiny_vlm(root / "model"), root)
-    yield made
-    await made.generator.stop()
-    made.policy.publisher.stop()
+@pytest.fixture(scope="module")
+def setup(shared_generator: Setup) -> Setup:
+    return shared_generator
 
 
 @pytest.mark.engine
@@ -188,9 +194,11 @@ async def test_tokens_sampled_across_an_update_carry_their_version_right_at_the_
 @engine_test
 async def test_a_publisher_that_vanishes_leaves_the_generator_on_its_old_version_and_right(setup: Setup):
     old, weights = setup.generator._weights.version, copy.deepcopy(setup.policy.module.state_dict())
-    offer = setup.policy.perturb()
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(FailureError) as caught:
-        await setup.generator.load_weights(replace(offer, endpoint=f"tcp://127.0.0.1:{silent.getsockname()[1]}"))
+    offer, held = setup.policy.perturb(), setup.generator._weights
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(held, "spec", replace(held.spec, deadlines=DeadlineConfig(sync_s=5.0)))
+        with pytest.raises(FailureError) as caught:
+            await setup.generator.load_weights(replace(offer, endpoint=f"tcp://127.0.0.1:{silent.getsockname()[1]}"))
     assert caught.value.failure.reason == "weights_timeout"
     assert setup.generator._weights.version == old
     setup.policy.module.load_state_dict(weights)
@@ -291,15 +299,17 @@ async def test_a_prompt_whose_image_is_missing_is_a_failure_of_the_data(setup: S
 
 @pytest.mark.engine
 @engine_test
-async def test_untied_embeddings_agree_after_an_update_too_and_stopping_leaves_no_process(
+async def test_untied_embeddings_agree_before_and_after_an_update_too_and_stopping_leaves_no_process(
     tmp_path_factory: pytest.TempPathFactory,
 ):
     root = tmp_path_factory.mktemp("untied")
+    ForkContext()  # starts the fork server, which stays
     before = engine_processes()
     setup = await start(build_tiny_vlm(root / "model", tied=False, seed=1), root)
     started = engine_processes() - before
     try:
         assert started
+        await assert_agreement(setup)
         await setup.generator.load_weights(setup.policy.perturb())
         await assert_agreement(setup)
     finally:

@@ -31,6 +31,7 @@ from rollout.encoding import PromptEncoder
 from rollout.media import MediaStore
 from tests.actors.generator.test_generator import MAX_LENGTH, Policy, Setup, assert_agreement, chosen, engine_test
 from tests.actors.generator.test_generator_updates import begin, canaries_of
+from tests.forks import forked_cores
 from tests.tiny_model import build_tiny_vlm
 
 pytestmark = pytest.mark.engine
@@ -66,10 +67,11 @@ async def start(root: Path, sync: str, **options: Any) -> Setup:
     )
     media, config = MediaStore(root / "media"), GeneratorConfig(enforce_eager=True, kv_cache_gib=0.25)
     os.environ.update(engine_environment(config))
-    deadlines = DeadlineConfig(sync_s=10.0, stop_s=10.0)
+    deadlines = DeadlineConfig(sync_s=60.0, stop_s=10.0)
     weights = WeightsConfig(canaries=0, stage_from_mib=0)  # but an engine with adapters loads in place all the same
     generator = Generator(GeneratorSpec(model, config, deadlines, media.folder, weights=weights))
-    await generator.ready()
+    with forked_cores():
+        await generator.ready()
     module = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     add_adapters(module, lora)
     source, frozen = policy_sources(module, model, 1 << 20)
@@ -85,7 +87,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=WAYS)
+@pytest_asyncio.fixture(scope="module", loop_scope="session", params=WAYS)
 async def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup]:
     made = await start(tmp_path_factory.mktemp("lora"), **WAYS[request.param])
     yield made

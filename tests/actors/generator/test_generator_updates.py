@@ -20,23 +20,17 @@ from rollout.config import SamplingConfig
 from rollout.failures import Failure, FailureError
 from rollout.prompts import Prompt
 from rollout.samples import Generation
-from tests.actors.generator.test_generator import Setup, assert_agreement, chosen, engine_test, start
-from tests.tiny_model import build_tiny_vlm
+from tests.actors.generator.test_generator import Setup, assert_agreement, chosen, engine_test
 
 LONG = SamplingConfig(max_tokens=200, ignore_eos=True)
 pytestmark = pytest.mark.engine
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[None, 0], ids=["in place", "staged"])
-async def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup]:
-    root = tmp_path_factory.mktemp("updates")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # so that a test may reach into the engine's worker
-        made = await start(build_tiny_vlm(root / "model"), root)
-        with weights(made, stage_from_mib=request.param):
-            yield made
-        await made.generator.stop()
-        made.policy.publisher.stop()
+@pytest_asyncio.fixture(scope="module", loop_scope="session", params=[None, 0], ids=["in place", "staged"])
+async def setup(request: pytest.FixtureRequest, shared_generator: Setup) -> AsyncIterator[Setup]:
+    await shared_generator.generator.load_weights(shared_generator.policy.begin_anew())
+    with weights(shared_generator, stage_from_mib=request.param):
+        yield shared_generator
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 import pytest_asyncio
-import ray
 
 from actors.config import DeadlineConfig, GeneratorConfig, ModelConfig
 from actors.generator.handle import GeneratorHandle
@@ -39,20 +38,18 @@ def test_the_drivers_side_imports_neither_torch_nor_vllm():
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def handle(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[GeneratorHandle]:
+async def handle(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[GeneratorHandle]:
     root = tmp_path_factory.mktemp("handle")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
     spec = GeneratorSpec(
         ModelConfig(path=build_tiny_vlm(root / "model"), precision="float32", max_length=256),
         GeneratorConfig(enforce_eager=True, kv_cache_gib=0.25),
-        DeadlineConfig(start_s=150.0, generate_s=60.0, sync_s=5.0, stop_s=10.0),
+        DeadlineConfig(start_s=300.0, generate_s=120.0, sync_s=60.0, stop_s=10.0),
         Path(root / "media"),
         name="generator-7",
     )
     started = await GeneratorHandle.start(spec)
     yield started
     await started.stop()
-    ray.shutdown()
 
 
 @pytest.mark.engine

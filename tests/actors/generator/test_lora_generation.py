@@ -35,6 +35,7 @@ from actors.trainer.policy_weights import adapter_tensors
 from rollout.encoding import PromptEncoder
 from rollout.media import MediaStore
 from rollout.prompts import MediaPart, Message, Prompt, TextPart
+from tests.forks import forked_cores
 from tests.tiny_model import build_tiny_lm, build_tiny_vlm
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
@@ -139,7 +140,8 @@ async def start(folder: Path, root: Path) -> Setup:
     media = MediaStore(root / "media")
     encoder = PromptEncoder.from_pretrained(folder, media)
     spec = GeneratorSpec(model, config, DeadlineConfig(), media.folder)
-    engine = AsyncLLM.from_engine_args(engine_args(spec, encoder.banned_token_ids))
+    with forked_cores():
+        engine = AsyncLLM.from_engine_args(engine_args(spec, encoder.banned_token_ids))
     await engine.update_weight_version("0")
     write_empty_adapter(root / "adapter", model)
     return Setup(model, module, engine, encoder, media, root)

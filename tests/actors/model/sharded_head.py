@@ -1,11 +1,7 @@
-"""Gradients of completions' log-probabilities under ZeRO-3 on two ranks, with and without tiles of the logits.
-
-Run as a script: the folder of a tied model, one of an untied model, the store's port, the rank, a file for the result.
-"""
+"""Gradients of completions' log-probabilities under ZeRO-3 on two ranks, with and without tiles of the logits."""
 
 from __future__ import annotations
 
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -56,20 +52,16 @@ def gradients(folder: Path, place: Place, budget_bytes: int) -> dict[str, Tensor
     return result
 
 
-def main() -> None:
-    tied, untied, port, rank, out = sys.argv[1:]
+def main(tied: Path, untied: Path, port: int, rank: int, out: Path) -> None:
+    """One rank: a tied and an untied model's folder, the store's port, the rank, a file for the result."""
     torch.set_num_threads(1)
-    place = Place(int(rank), RANKS, "cpu", "127.0.0.1", int(port))
+    place = Place(rank, RANKS, "cpu", "127.0.0.1", port)
     deadline = timedelta(seconds=120)
-    store = distributed.TCPStore("127.0.0.1", int(port), RANKS, is_master=False, timeout=deadline)
+    store = distributed.TCPStore("127.0.0.1", port, RANKS, is_master=False, timeout=deadline)
     join(place, store, 120.0)
     found = {
-        (kind, budget): gradients(Path(folder), place, budget)
+        (kind, budget): gradients(folder, place, budget)
         for kind, folder in (("tied", tied), ("untied", untied))
         for budget in (TILED_BYTES, WHOLE_BYTES)
     }
     torch.save(found, out)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,9 @@ from actors.trainer.deepspeed_engine import open_store
 from actors.trainer.schedule import learning_rate
 from rollout.encoding import ExpandedPrompt
 from rollout.failures import DataError
+from tests.actors.model import sharded_head
 from tests.actors.model.sharded_head import RANKS, TILED_BYTES, WHOLE_BYTES
+from tests.forks import run_ranks
 from tests.tiny_model import build_tiny_lm, build_tiny_vlm
 
 
@@ -235,20 +235,8 @@ def test_a_model_in_tiles_never_makes_the_logits_of_all_tokens_and_gets_its_head
 def test_tiles_on_one_rank_only_change_no_gradient_under_zero_3(tmp_path: Path) -> None:
     folders = [build_tiny_lm(tmp_path / name, tied=name == "tied") for name in ("tied", "untied")]
     store = open_store(120.0, RANKS)
-    root = Path(__file__).resolve().parents[3]
     outs = [tmp_path / f"rank-{rank}.pt" for rank in range(RANKS)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.actors.model.sharded_head", *folders, str(store.port), str(rank), out],
-            cwd=root,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, out in enumerate(outs)
-    ]
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * RANKS, "\n".join(output[-3000:] for output in outputs)
+    run_ranks(sharded_head.main, [(*folders, store.port, rank, out) for rank, out in enumerate(outs)], 300)
     for out in outs:
         found = torch.load(out)
         for kind in ("tied", "untied"):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-import ray
 
 from actors.calls import ActorResources
 from actors.reward.server import RewardSpec, start_reward_server
@@ -43,13 +41,8 @@ def group(*texts: str) -> tuple[Completion, ...]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    already = ray.is_initialized()
-    if not already:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    if not already:
-        ray.shutdown()
+def cluster(ray_session: None) -> None:
+    """All tests here have actors."""
 
 
 @pytest.fixture(autouse=True)

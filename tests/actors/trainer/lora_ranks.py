@@ -1,13 +1,8 @@
-"""Ranks of a policy with LoRA adapters as plain processes: two updates, a checkpoint between them, an export.
-
-Run as a script: a pickled :class:`Task`, the store's port, the rank, a file for the result.
-"""
+"""Ranks of a policy with LoRA adapters as plain processes: two updates, a checkpoint between them, an export."""
 
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +15,7 @@ from actors.config import LoraConfig
 from actors.trainer.spec import PolicySpec
 from rollout.failures import FailureError
 from rollout.samples import TrainingSample
+from tests import forks
 
 KL_COEFFICIENT = 0.1
 
@@ -58,37 +54,23 @@ def run_ranks(task: Task) -> list[Outcome]:
     from actors.trainer.deepspeed_engine import open_store
 
     task.folder.mkdir(parents=True, exist_ok=True)
-    (task.folder / "task.pickle").write_bytes(pickle.dumps(task))
     count = task.spec.trainer.ranks
     store = open_store(120.0, count)
     outs = [task.folder / f"outcome-{task.resumes}-{rank}.pickle" for rank in range(count)]
-    command = [sys.executable, "-m", "tests.actors.trainer.lora_ranks", task.folder / "task.pickle", str(store.port)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), out],
-            cwd=Path(__file__).resolve().parents[3],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, out in enumerate(outs)
-    ]
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * count, "\n".join(output[-4000:] for output in outputs)
+    forks.run_ranks(main, [(task, store.port, rank, out) for rank, out in enumerate(outs)], 300)
     return [pickle.loads(out.read_bytes()) for out in outs]
 
 
-def main() -> None:
+def main(task: Task, port: int, rank: int, out: Path) -> None:
+    """One rank, whose outcome is pickled into a file."""
     from actors.trainer.deepspeed_engine import Place
     from actors.trainer.policy_learner import PolicyLearner
     from actors.trainer.policy_weights import adapter_tensors, base_tensors, merged_tensors
     from actors.weights.source import SourceTensor, gathered
 
-    path, port, rank, out = sys.argv[1:]
-    task: Task = pickle.loads(Path(path).read_bytes())
     count = task.spec.trainer.ranks
-    store = distributed.TCPStore("127.0.0.1", int(port), count, is_master=False, timeout=timedelta(seconds=120))
-    trainer = PolicyLearner(task.spec, Place(int(rank), count, "cpu", "127.0.0.1", int(port)), store)
+    store = distributed.TCPStore("127.0.0.1", port, count, is_master=False, timeout=timedelta(seconds=120))
+    trainer = PolicyLearner(task.spec, Place(rank, count, "cpu", "127.0.0.1", port), store)
 
     def whole(tensors: list[SourceTensor]) -> dict[str, Tensor]:
         found = {}
@@ -136,10 +118,4 @@ def main() -> None:
         log_probs=trainer.log_probs(task.samples),
         refusal=refusal,
     )
-    Path(out).write_bytes(pickle.dumps(outcome))
-
-
-if __name__ == "__main__":
-    from tests.actors.trainer import lora_ranks  # so that what it pickles isn't called __main__.Outcome
-
-    lora_ranks.main()
+    out.write_bytes(pickle.dumps(outcome))

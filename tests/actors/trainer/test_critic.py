@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from rollout.encoding import PromptEncoder
 from rollout.media import MediaStore
 from rollout.samples import TrainingSample
 from tests.actors.training_samples import make_samples
+from tests.forks import ray_of_forks
 from tests.tiny_model import build_tiny_vlm
 
 pytestmark = pytest.mark.engine
@@ -75,13 +75,6 @@ class PlainCritic:
 
 
 @pytest.fixture(scope="module")
-def session() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_vlm(tmp_path_factory.mktemp("critic") / "model")
 
@@ -127,9 +120,10 @@ async def train(
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_critic_starts_at_zero_learns_as_by_hand_and_comes_back_from_its_checkpoint(
-    case: str, session: None, model: Path, samples: list[TrainingSample]
+    case: str, ray_session: None, model: Path, samples: list[TrainingSample]
 ) -> None:
-    values, metrics, restored = asyncio.run(train(model, samples, *CASES[case]))
+    with nullcontext() if CASES[case][0] == 1 else ray_of_forks():
+        values, metrics, restored = asyncio.run(train(model, samples, *CASES[case]))
     assert all((row == 0).all() for row in values[0])
     plain = PlainCritic(model, model.parent / "media")
     for turn in range(3):

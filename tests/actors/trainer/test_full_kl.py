@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -41,6 +40,7 @@ from rollout.failures import FailureError
 from rollout.samples import TrainingSample
 from tests.actors.trainer.plain_update import PlainTrainer
 from tests.actors.training_samples import make_samples
+from tests.forks import ray_of_forks
 from tests.tiny_model import build_tiny_lm, build_tiny_vlm
 
 KL_COEFFICIENT = 0.5
@@ -256,9 +256,8 @@ class PlainExact(PlainTrainer):
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with ray_of_forks():
+        yield
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 from actors.config import DeadlineConfig, ModelConfig, TrainerConfig
@@ -19,6 +18,7 @@ from algorithms.config import AlgorithmConfig, KLConfig
 from rollout.samples import TrainingSample
 from tests.actors.trainer.plain_update import PlainTrainer
 from tests.actors.training_samples import make_samples
+from tests.forks import ray_of_forks
 from tests.tiny_model import build_tiny_vlm
 
 pytestmark = pytest.mark.engine
@@ -44,9 +44,8 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with ray_of_forks():
+        yield
 
 
 @pytest.fixture(scope="module")

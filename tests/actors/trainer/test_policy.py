@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rollout.failures import FailureError, FailureKind
 from rollout.samples import TrainingSample
 from tests.actors.trainer.plain_update import PlainTrainer
 from tests.actors.training_samples import make_samples
+from tests.forks import ray_of_forks
 from tests.tiny_model import build_tiny_vlm
 
 pytestmark = pytest.mark.engine
@@ -57,13 +58,6 @@ class Trained:
     after_overflow: dict[str, torch.Tensor]
     mismatch: BaseException | None
     nan: BaseException | None
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +142,7 @@ async def train(spec: PolicySpec, samples: list[TrainingSample], folder: Path) -
 
 
 @pytest.fixture(scope="module")
-def trained(session: None, model: Path, folder: Path, samples: list[TrainingSample]) -> Callable[[str], Trained]:
+def trained(model: Path, folder: Path, samples: list[TrainingSample]) -> Callable[[str], Trained]:
     """Trains each case once, when first asked for it."""
     results: dict[str, Trained] = {}
 
@@ -157,7 +151,8 @@ def trained(session: None, model: Path, folder: Path, samples: list[TrainingSamp
             ranks, stage, micro_batch_tokens = CASES[case]
             settings = {"ranks": ranks, "zero_stage": stage, "micro_batch_tokens": micro_batch_tokens}
             spec = spec_of(model, folder, settings)
-            results[case] = asyncio.run(train(spec, samples, folder / case.replace(" ", "-")))
+            with ray_of_forks():
+                results[case] = asyncio.run(train(spec, samples, folder / case.replace(" ", "-")))
         return results[case]
 
     return run
@@ -249,7 +244,7 @@ def test_a_nan_advantage_is_refused(trained: Callable[[str], Trained]) -> None:
 
 
 async def test_frozen_parts_stay_bit_identical_and_a_dead_rank_is_named(
-    session: None, model: Path, folder: Path, samples: list[TrainingSample]
+    ray_session: None, model: Path, folder: Path, samples: list[TrainingSample]
 ) -> None:
     settings = {"updates_per_step": 2, "gradient_checkpointing": True, "ranks": 2}
     frozen = FreezeConfig(vision_tower=True, projector=True)
@@ -271,6 +266,8 @@ async def test_frozen_parts_stay_bit_identical_and_a_dead_rank_is_named(
     assert caught.value.failure.kind is FailureKind.INFRASTRUCTURE
 
 
-async def test_a_model_folder_that_is_not_there_is_reported_and_leaves_no_actor(session: None, folder: Path) -> None:
+async def test_a_model_folder_that_is_not_there_is_reported_and_leaves_no_actor(
+    ray_session: None, folder: Path
+) -> None:
     with pytest.raises(FailureError):
         await PolicyGroup.start(spec_of(folder / "nowhere", folder, {}))

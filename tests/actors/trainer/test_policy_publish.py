@@ -1,9 +1,9 @@
-"""What the policy's ranks publish and vouch for, with Ray and DeepSpeed, however the trainer is sharded."""
+"""What the policy's ranks publish and vouch for, with DeepSpeed, however the trainer is sharded."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from rollout.prompts import Prompt
 from tests.actors.trainer.plain_update import PlainTrainer
 from tests.actors.training_samples import make_samples
 from tests.actors.weights.versions import bytes_of
+from tests.forks import ray_of_forks
 from tests.tiny_model import build_tiny_vlm
 
 pytestmark = pytest.mark.engine
@@ -64,11 +65,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> Iterator[ModelConfig]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+def model(folder: Path) -> ModelConfig:
     path = build_tiny_vlm(folder / "model")
-    yield ModelConfig(path=path, precision="float32", max_length=256, freeze=FreezeConfig(vision_tower=True))
-    ray.shutdown()
+    return ModelConfig(path=path, precision="float32", max_length=256, freeze=FreezeConfig(vision_tower=True))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +91,8 @@ def published(request: pytest.FixtureRequest, model: ModelConfig, folder: Path, 
         total_updates=10,
         weights=WeightsConfig(bucket_mib=1),
     )
-    return asyncio.run(_published(spec, prompts))
+    with ray_of_forks():
+        return asyncio.run(_published(spec, prompts))
 
 
 async def _published(spec: PolicySpec, prompts: list[Prompt]) -> Published:

@@ -5,7 +5,6 @@ Each worker lives in a thread, or in a process of its own that can be killed in 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.weights.source import SourceTensor
+from tests.forks import ForkContext
 
 SHAPES = {"first.weight": (64, 32), "first.bias": (64,), "second.weight": (8, 64), "scale": ()}
 
@@ -103,7 +103,7 @@ class PeerTarget:
         self._workers: list[Callable[..., Any]] = []
         for rank in range(workers):
             if in_process:
-                context = multiprocessing.get_context("spawn")
+                context = ForkContext()
                 self._pools.append(ProcessPoolExecutor(1, context, _start, (rank, workers)))
                 self._workers.append(_call)
             else:

@@ -1,7 +1,6 @@
 """Pushes from two trainer ranks under ZeRO-3, one of which fails in the middle.
 
-Run as a script: a model's folder, the store's port, the rank, a file for the result (written by rank 0): what the
-generator held after the push that succeeded, and what became of each push.
+Rank 0 writes the result: what the generator held after the push that succeeded, and what became of each push.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ def fail() -> None:
     raise RuntimeError("out of memory")
 
 
-def main() -> None:
-    folder, port, rank, out = sys.argv[1:]
+def main(folder: Path, port: int, rank: int, out: Path) -> None:
+    """One rank: a model's folder, the store's port, the rank, a file for the result."""
     torch.set_num_threads(1)
-    place = Place(int(rank), RANKS, "cpu", "127.0.0.1", int(port))
+    place = Place(rank, RANKS, "cpu", "127.0.0.1", port)
     deadline = timedelta(seconds=120)
-    store = distributed.TCPStore("127.0.0.1", int(port), RANKS, is_master=False, timeout=deadline)
+    store = distributed.TCPStore("127.0.0.1", port, RANKS, is_master=False, timeout=deadline)
     join(place, store, 120.0)
     trainer = TrainerConfig(zero_stage=3, steps=1)
-    engine = DeepSpeedEngine(load_model(ModelConfig(path=Path(folder), precision="float32")), trainer, "float32", place)
+    engine = DeepSpeedEngine(load_model(ModelConfig(path=folder, precision="float32")), trainer, "float32", place)
     tensors = module_tensors(engine.module, "bfloat16")
     settings = PushSettings("nccl", "127.0.0.1", 30.0, gather_bytes=100_000, buffer_bytes=150_000)
     sender = DeviceSender(tensors, settings, rank=place.rank, device=torch.device("cpu"))
@@ -58,7 +57,3 @@ def main() -> None:
         torch.save(result, out)
     sys.stdout.flush()
     os._exit(0)  # threads of the group that was given up may still wait for their peer: C++ would abort over them
-
-
-if __name__ == "__main__":
-    main()

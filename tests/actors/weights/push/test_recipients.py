@@ -5,8 +5,6 @@ The generators are real worker-side engines around a toy model, over gloo (see p
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +18,10 @@ from actors.trainer.deepspeed_engine import open_store
 from actors.weights.push.recipients import PushReport, RecipientState
 from actors.weights.push.sender import DeviceSender, PushSettings
 from actors.weights.source import SourceTensor
+from tests.actors.weights.push import push_ranks
 from tests.actors.weights.push.push_peer import SHAPES, PeerTarget, die, policy_tensors
 from tests.actors.weights.push.push_ranks import RANKS
+from tests.forks import run_ranks
 from tests.tiny_model import build_tiny_lm
 
 CPU = torch.device("cpu")
@@ -247,19 +247,7 @@ def test_under_zero_3_a_generator_that_fails_doesnt_hold_up_the_trainers_ranks(t
     from transformers import AutoModelForCausalLM
 
     folder, store, out = build_tiny_lm(tmp_path / "model"), open_store(120.0, RANKS), tmp_path / "result.pt"
-    command = [sys.executable, "-m", "tests.actors.weights.push.push_ranks", str(folder), str(store.port)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(out)],
-            cwd=Path(__file__).resolve().parents[4],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * RANKS, "\n".join(output[-3000:] for output in outputs)
+    run_ranks(push_ranks.main, [(folder, store.port, rank, out) for rank in range(RANKS)], 300)
     result = torch.load(out)
     assert {name: is_whole for name, (is_whole, _, _) in result.items()} == {
         "well": True,

@@ -31,6 +31,7 @@ from rollout.encoding import PromptEncoder
 from rollout.media import MediaStore
 from rollout.prompts import MediaPart, Message, Prompt, TextPart
 from tests.actors.weights.push.push_peer import PeerTarget, die
+from tests.forks import forked_cores
 from tests.tiny_model import VOCABULARY, build_tiny_vlm
 
 CPU = torch.device("cpu")
@@ -154,24 +155,24 @@ def make_engine(folder: Path, backend: str) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    return AsyncLLM.from_engine_args(
-        AsyncEngineArgs(
-            model=str(folder),
-            dtype="float32",
-            max_model_len=128,
-            max_num_seqs=4,
-            enforce_eager=True,
-            kv_cache_memory_bytes=1 << 27,
-            skip_mm_profiling=True,
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=1024,
-            limit_mm_per_prompt={"image": 1, "video": 0, "audio": 0},
-            logprobs_mode="processed_logprobs",
-            generation_config="vllm",
-            disable_log_stats=True,
-            weight_transfer_config=WeightTransferConfig(backend=backend),
-        )
+    arguments = AsyncEngineArgs(
+        model=str(folder),
+        dtype="float32",
+        max_model_len=128,
+        max_num_seqs=4,
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 27,
+        skip_mm_profiling=True,
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=1024,
+        limit_mm_per_prompt={"image": 1, "video": 0, "audio": 0},
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        disable_log_stats=True,
+        weight_transfer_config=WeightTransferConfig(backend=backend),
     )
+    with forked_cores():
+        return AsyncLLM.from_engine_args(arguments)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

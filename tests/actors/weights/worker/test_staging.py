@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,22 @@ from tests.tiny_model import build_tiny_vlm
 HEADS = [pytest.param(True, id="tied head"), pytest.param(False, id="own head", marks=pytest.mark.slow)]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=HEADS)
-async def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup]:
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def own_head(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup]:
     root = tmp_path_factory.mktemp("staging")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # so that a test may reach into the engine's worker
-        made = await start(build_tiny_vlm(root / "model", tied=request.param), root)
-        with weights(made, stage_from_mib=0):
-            yield made
+        made = await start(build_tiny_vlm(root / "model", tied=False), root)
+        yield made
         await made.generator.stop()
         made.policy.publisher.stop()
+
+
+@pytest.fixture(scope="module", params=HEADS)
+def setup(request: pytest.FixtureRequest) -> Iterator[Setup]:
+    made: Setup = request.getfixturevalue("shared_generator" if request.param else "own_head")
+    with weights(made, stage_from_mib=0):
+        yield made
 
 
 @pytest.mark.engine
