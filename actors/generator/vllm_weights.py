@@ -364,9 +364,8 @@ class VllmWeights:
         from actors.weights.source import tensors_in
 
         assert self._adapter_folder is not None
-        tensors = tensors_in(
-            part.manifest, bytearray(part.held.memory.view)
-        )  # a small copy: torch wants a writable buffer
+        content = bytearray(part.held.memory.view)  # a small copy: torch wants a writable buffer
+        tensors = tensors_in(part.manifest, content)
         write_adapter_folder(Path(self._adapter_folder.name), json.loads(part.manifest.attributes), tensors)
 
     async def _load_adapter(self) -> None:
