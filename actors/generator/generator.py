@@ -243,9 +243,9 @@ class Generator:
 
         output: RequestOutput | None = None
         try:
-            async for latest in self._engine.generate(
-                engine_input, params, request_id, lora_request=self._weights.adapter
-            ):
+            adapter = self._weights.adapter
+            lora = None if adapter is None else adapter.request
+            async for latest in self._engine.generate(engine_input, params, request_id, lora_request=lora):
                 output = latest
         except (EngineDeadError, EngineGenerateError) as error:
             why = f"its vLLM engine died or failed during request {request_id}: {error!r}"

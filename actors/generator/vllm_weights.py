@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actors.config import WeightsConfig
 from actors.generator.spec import GeneratorSpec
+from actors.generator.vllm_adapter import VllmAdapter
 from actors.weights.canary import Canaries, CanaryReport, compare_canaries
 from actors.weights.manifest import WeightsPart
 from actors.weights.offer import WeightsOffer, WeightsReceipt
@@ -26,7 +24,6 @@ from rollout.failures import Failure, FailureError, FailureKind
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from vllm.lora.request import LoRARequest
     from vllm.v1.engine import PauseMode
 
     from actors.weights.canary import CanarySequence
@@ -36,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 STAGED_POLL_S = 0.01
 RECEIVE_FRACTION = 0.8  # of an update's deadline; the rest is for loading
-ADAPTER = "policy"
 WEIGHTS, CACHE = "weights", "kv_cache"  # vLLM's tags of memory that sleeps
 LogProbs = Callable[["CanarySequence", str], Awaitable["NDArray[np.float32]"]]
 
@@ -50,7 +46,7 @@ class VllmWeights:
         verified: the last version whose canaries agreed with the trainer.
         stale: why the generator refuses requests; None while it serves.
         is_asleep: whether the GPU's memory is given to the trainer.
-        adapter: the adapter that every request names, where the policy is one; else None.
+        adapter: the policy's adapter, where generators receive one; else None.
     """
 
     def __init__(self, spec: GeneratorSpec) -> None:
@@ -59,10 +55,9 @@ class VllmWeights:
         self.version = self.verified = spec.initial_version
         self.stale: Failure | None = None
         self.is_asleep = False
-        self.adapter: LoRARequest | None = None
+        self.adapter: VllmAdapter | None = None
         self._engine: Any = None
         self._receiver: WeightReceiver | None = None
-        self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
         self._changed = asyncio.Condition()
         self._updating = asyncio.Lock()
         self._can_stage = True
@@ -74,15 +69,7 @@ class VllmWeights:
         await engine.update_weight_version(str(self.version))
         lora = self.spec.model.lora
         if lora is not None and lora.sync == "adapter":
-            from vllm.lora.request import LoRARequest
-
-            from actors.model.lora import write_empty_adapter
-
-            self._adapter_folder = tempfile.TemporaryDirectory(prefix="counterpoint-adapter-")
-            folder = Path(self._adapter_folder.name)
-            await asyncio.to_thread(write_empty_adapter, folder, self.spec.model)
-            self.adapter = LoRARequest(ADAPTER, 1, str(folder))
-            await engine.add_lora(self.adapter)
+            self.adapter = await VllmAdapter.start(engine, self.spec.model)
 
     async def load(self, offer: WeightsOffer, *, anew: bool = False) -> WeightsReceipt:
         """See :meth:`actors.generator.generator.Generator.load_weights`."""
@@ -203,8 +190,8 @@ class VllmWeights:
         if self._receiver is not None:
             with contextlib.suppress(TimeoutError):  # a transfer in progress ends with the process
                 await asyncio.wait_for(asyncio.to_thread(self._receiver.close), deadline_s)
-        if self._adapter_folder is not None:
-            self._adapter_folder.cleanup()
+        if self.adapter is not None:
+            self.adapter.close()
 
     def failure(self, reason: str, why: str) -> Failure:
         """An infrastructure failure of this generator."""
@@ -301,7 +288,8 @@ class VllmWeights:
             await self._engine.collective_rpc("prepare_weights", args=([part.path for part in plain],))
         for part in received.parts:
             if part.manifest.part is WeightsPart.ADAPTER:
-                await asyncio.to_thread(self._write_adapter, part)
+                assert self.adapter is not None
+                await asyncio.to_thread(self.adapter.write, part)
 
     async def _stage(self, parts: list[ReceivedPart], version: int, until: float) -> bool:
         """Have the workers stage a version while generation runs. Returns False where the model cannot be staged.
@@ -345,7 +333,7 @@ class VllmWeights:
             await engine.update_weights(WeightTransferUpdateRequest(update_info=_update_info(plain)))
             await engine.finish_weight_update()
         if self.adapter is not None:
-            await self._load_adapter()
+            await self.adapter.load()
         await engine.update_weight_version(str(version))
         await self.invalidate(has_frozen=len(received.parts) > 1)
 
@@ -357,24 +345,6 @@ class VllmWeights:
         if has_frozen or not (model.lora is not None or (freeze.vision_tower and freeze.projector)):
             await self._engine.reset_encoder_cache()
         await self._engine.reset_prefix_cache(reset_running_requests=self.config.recompute_cache)
-
-    def _write_adapter(self, part: ReceivedPart) -> None:
-        """Write the adapter as a folder, the form that vLLM loads."""
-        from actors.model.lora import write_adapter_folder
-        from actors.weights.source import tensors_in
-
-        assert self._adapter_folder is not None
-        tensors = tensors_in(
-            part.manifest, bytearray(part.held.memory.view)
-        )  # a small copy: torch wants a writable buffer
-        write_adapter_folder(Path(self._adapter_folder.name), json.loads(part.manifest.attributes), tensors)
-
-    async def _load_adapter(self) -> None:
-        from vllm.lora.request import LoRARequest
-
-        assert self.adapter is not None
-        # load_inplace: running requests continue with the new adapter. Requests must not set it
-        await self._engine.add_lora(LoRARequest(ADAPTER, 1, self.adapter.lora_path, load_inplace=True))
 
     async def _held_digests(self) -> dict[str, str]:
         """Digest of each tensor that the workers' models compute with."""
