@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -137,16 +136,6 @@ class Actor:
             raise
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    already = ray.is_initialized()
-    if not already:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    if not already:
-        ray.shutdown()
-
-
 async def file_appears(file: Path) -> bool:
     end = time.monotonic() + 30
     while not file.exists() and time.monotonic() < end:
@@ -155,7 +144,7 @@ async def file_appears(file: Path) -> bool:
 
 
 @pytest.mark.engine
-async def test_a_real_actor_answers_refuses_raises_hangs_and_dies(cluster: None, tmp_path: Path) -> None:
+async def test_a_real_actor_answers_refuses_raises_hangs_and_dies(ray_session: None, tmp_path: Path) -> None:
     actor: Any = ray.remote(Actor).options(num_cpus=0).remote()
 
     async def ask(reference: Any, deadline_s: float = 60.0) -> Any:
