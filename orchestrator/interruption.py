@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -55,10 +56,10 @@ def run_until_interrupted(command: Callable[[Interruption], Coroutine[Any, Any, 
         def stop() -> None:
             interruption.times += 1
             if interruption.times == 1:
-                logger.warning("%s", message)
+                _say(message)
                 task.cancel()
             elif interruption.times == 2:
-                logger.warning("stopping now")
+                _say("stopping now")
                 by_force.start()
                 endings.add(asyncio.ensure_future(_cancel_until_done(task)))
 
@@ -71,7 +72,7 @@ def run_until_interrupted(command: Callable[[Interruption], Coroutine[Any, Any, 
         except Exception as error:
             if not interruption.stops_now:
                 raise
-            logger.warning("the command was cut off while it raised %s: %s", type(error).__name__, error)
+            logger.debug("the command raised %s: %s after the second Ctrl-C", type(error).__name__, error)
             return INTERRUPTED
         return INTERRUPTED if interruption.stops_now else code
 
@@ -101,7 +102,14 @@ async def _cancel_until_done(task: asyncio.Task[int]) -> None:
         await asyncio.wait({task}, timeout=CANCEL_EVERY_S)
 
 
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
 def _end_process() -> None:
+    """End the process without any clean-up."""
     if sys.stdout.isatty():
         sys.stdout.write("\x1b[?25h")  # a live display hides the cursor
         sys.stdout.flush()

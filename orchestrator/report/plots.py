@@ -136,7 +136,7 @@ def _charts(metrics: Rows, evaluations: Rows) -> list[_Drawing]:
 def _supervised_lines(metrics: Rows) -> list[_Drawing]:
     return [
         _lines("loss", "Training loss", "Mean of each batch, nats a token.", metrics, ["train/loss"]),
-        _lines("learning_rate", "Learning rate", "As the schedule set it.", metrics, ["train/learning_rate"]),
+        _lines("learning_rate", "Learning rate", "By the schedule.", metrics, ["train/learning_rate"], is_exact=True),
         _lines("grad_norm", "Gradient norm", "Before clipping.", metrics, ["train/grad_norm"]),
         _lines("throughput", "Throughput", "Tokens trained on a second.", metrics, ["train/tokens_per_second"]),
     ]
@@ -193,6 +193,7 @@ def _lines(
     *,
     labels: Sequence[str] = (),
     is_log: bool = False,
+    is_exact: bool = False,
 ) -> _Drawing:
     series = [_series(metrics, key) for key in keys]
 
@@ -201,7 +202,7 @@ def _lines(
             if not steps:
                 continue
             colour, label = SERIES[index], labels[index] if labels else None
-            smooth = len(values) >= 3 * SMOOTHED_STEPS and not is_log
+            smooth = len(values) >= 3 * SMOOTHED_STEPS and not (is_log or is_exact)
             axes.plot(steps, values, color=colour, alpha=0.3 if smooth else 1.0, lw=1.2 if smooth else 1.8, label=label)
             if smooth:
                 axes.plot(steps, _moving_average(values), color=colour)

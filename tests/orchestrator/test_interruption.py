@@ -123,7 +123,7 @@ def test_what_no_cancellation_reaches_ends_by_force(start: Callable[..., Program
     assert "Traceback" not in errors
 
 
-def test_an_error_after_the_second_ctrl_c_is_told_and_the_exit_code_stays_130(start: Callable[..., Program]) -> None:
+def test_an_error_after_the_second_ctrl_c_does_not_change_the_exit_code(start: Callable[..., Program]) -> None:
     program = start("await act(60)", "1 / 0 if interruption.stops_now else await asyncio.sleep(60)")
     program.until_printed("acting")
     program.interrupt()

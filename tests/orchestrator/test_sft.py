@@ -191,12 +191,12 @@ def test_a_run_that_was_cut_and_resumed_learns_exactly_what_an_uninterrupted_one
 
 
 def test_the_first_ctrl_c_says_what_it_does_and_does_it(
-    fine_tune: Callable[..., tuple[int, Path]], caplog: pytest.LogCaptureFixture
+    fine_tune: Callable[..., tuple[int, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, folder = fine_tune("run", prepare=ctrl_c)
     assert code == 130
     said = "stopping after the current update and a checkpoint; press Ctrl-C again to stop now"
-    assert said in caplog.messages
+    assert said in capsys.readouterr().err.splitlines()
     assert list(losses(folder)) == [1, 2, 3]
     (finished,) = rows(folder, "events", "finished")
     assert (finished["status"], finished["verdict"]) == ("KILLED", "interrupted at step 3; continue with --resume")
