@@ -26,7 +26,7 @@ from rollout.cursor import PromptCursor
 from rollout.datasets import DatasetError, PromptSet, load_prompts
 from rollout.media import MediaStore
 from rollout.prompts import Prompt
-from rollout.samples import TrainingSample
+from rollout.samples import TokenSequence
 from rollout.user_code import import_modules
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Samples:
     """
 
     prompts: PromptSet
-    by_prompt: Mapping[str, TrainingSample]
+    by_prompt: Mapping[str, TokenSequence]
 
 
 @dataclass
@@ -148,7 +148,7 @@ async def start_fine_tuning(
 
 
 def load_samples(config: SFTConfig, media: MediaStore) -> Samples:
-    """Every prompt with its response as a training sample.
+    """Every prompt with its response as a token sequence.
 
     Raises:
         DatasetError: a prompt has no response under `sft.response_key`, or one longer than the model takes.
@@ -161,7 +161,7 @@ def load_samples(config: SFTConfig, media: MediaStore) -> Samples:
     return Samples(prompts, {prompt.prompt_id: _sample(prompt, encoder, config) for prompt in prompts.prompts})
 
 
-def _sample(prompt: Prompt, encoder: PromptEncoder, config: SFTConfig) -> TrainingSample:
+def _sample(prompt: Prompt, encoder: PromptEncoder, config: SFTConfig) -> TokenSequence:
     response = prompt.metadata.get(config.sft.response_key)
     if not isinstance(response, str):
         have = ", ".join(sorted(prompt.metadata)) or "none"
@@ -175,13 +175,9 @@ def _sample(prompt: Prompt, encoder: PromptEncoder, config: SFTConfig) -> Traini
             f"prompt {prompt.prompt_id} and its response have {len(prompt_ids) + len(token_ids)} tokens, more than "
             f"model.max_length = {config.model.max_length}. Raise model.max_length, or shorten the response."
         )
-    n = len(token_ids)
-    return TrainingSample(
+    return TokenSequence(
         prompt=prompt,
         prompt_token_ids=prompt_ids,
         token_ids=token_ids,
-        loss_mask=np.ones(n, dtype=np.bool_),
-        advantages=np.ones(n, dtype=np.float32),
-        behaviour_log_probs=np.zeros(n, dtype=np.float32),
-        policy_versions=np.zeros(n, dtype=np.int32),
+        loss_mask=np.ones(len(token_ids), dtype=np.bool_),
     )

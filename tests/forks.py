@@ -121,7 +121,7 @@ def ray_of_forks() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for name, standing_in in {
-            "remote": Remote, "put": lambda value: value, "get": get, "kill": ForkedActor.kill
+            "remote": Remote, "put": lambda value: value, "get": get, "kill": ForkedActor.kill, "cancel": lambda _: None
         }.items():  # fmt: skip
             stack.enter_context(mock.patch.object(ray, name, standing_in))
         try:

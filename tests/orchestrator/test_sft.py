@@ -22,7 +22,7 @@ from orchestrator.run_kinds import kind_named
 from orchestrator.run_shell import run
 from orchestrator.sft import Samples
 from rollout.failures import Failure, FailureError, FailureKind
-from rollout.samples import TrainingSample
+from rollout.samples import TokenSequence
 from tests.conftest import overridden, rows, steps
 from tests.orchestrator.stand_ins import prompt_set
 
@@ -49,7 +49,7 @@ class Trainer:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def update(self, samples: list[TrainingSample], kl_coefficient: float) -> dict[str, float]:
+    async def update(self, samples: list[TokenSequence], kl_coefficient: float) -> dict[str, float]:
         self.before(self.updates + 1)
         await self.gate.wait()
         for sample in samples:
@@ -104,16 +104,13 @@ def fine_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     return run_sft
 
 
-def sample(prompt: Any) -> TrainingSample:
+def sample(prompt: Any) -> TokenSequence:
     ones = np.ones(1, np.float32)
-    return TrainingSample(
+    return TokenSequence(
         prompt=prompt,
         prompt_token_ids=np.zeros(1, np.int32),
         token_ids=np.zeros(1, np.int32),
         loss_mask=np.ones(1, np.bool_),
-        advantages=ones,
-        behaviour_log_probs=ones,
-        policy_versions=np.zeros(1, np.int32),
     )
 
 
