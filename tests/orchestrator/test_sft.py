@@ -105,7 +105,6 @@ def fine_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 def sample(prompt: Any) -> TokenSequence:
-    ones = np.ones(1, np.float32)
     return TokenSequence(
         prompt=prompt,
         prompt_token_ids=np.zeros(1, np.int32),
