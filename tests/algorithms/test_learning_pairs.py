@@ -272,4 +272,4 @@ def test_a_pair_that_learns_is_accepted(loss: str) -> None:
 @pytest.mark.parametrize("loss", [name for name in PAIRED if POLICY_LOSSES.get(name).corrects_mismatch])
 def test_a_loss_that_weighs_by_the_behaviour_policy_refuses_a_correction(loss: str) -> None:
     (problem,) = choices.problems(AlgorithmConfig(loss=loss))
-    assert "would count the mismatch twice. Set it to none." in problem
+    assert "would correct the mismatch twice. Set it to none." in problem
