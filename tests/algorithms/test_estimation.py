@@ -205,7 +205,7 @@ def test_an_estimator_without_what_it_needs_is_refused_naming_the_field(name: st
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("reinforce_plus_plus", "credits each token, so that credit by turn has nothing to divide"),
+        ("reinforce_plus_plus", "credits each token already, so credit by turn can't be applied"),
         ("remax", "works on greedy rewards, which belong to a whole completion and not to a turn"),
         ("gdpo", "works on components, which belong to a whole completion and not to a turn"),
     ],
