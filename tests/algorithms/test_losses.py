@@ -149,7 +149,7 @@ def test_nll_is_the_negative_log_likelihood_whatever_the_advantages() -> None:
 
 def test_marks_that_were_not_made_are_asked_for() -> None:
     _, given = at_ratio([1.0], [1.0])
-    with pytest.raises(ValueError, match="call its prepare on all tokens"):
+    with pytest.raises(ValueError, match="Call its prepare on all tokens"):
         marks_of(given)
 
 
