@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from orchestrator import interruption
 from orchestrator import sft as module
 from orchestrator.checkpoints import Checkpoints, read_state
 from orchestrator.config.schema import SFTConfig
@@ -97,6 +98,7 @@ def fine_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         monkeypatch.setattr(module, "ray_cluster", cluster)
         monkeypatch.setattr(module, "start_roles", roles)
         monkeypatch.setattr(module, "load_samples", samples)
+        monkeypatch.setattr(interruption, "STOP_NOW_S", 600.0)  # by force, the second Ctrl-C would end the tests
         if not has_charts:  # which take seconds
             monkeypatch.setattr(page, "draw_charts", lambda *_: [])
         return run(kind_named("sft"), config, resume=resume), folder
