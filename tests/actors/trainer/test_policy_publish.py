@@ -102,7 +102,7 @@ async def _published(spec: PolicySpec, prompts: list[Prompt]) -> Published:
         unpublished.append(await group.unpublished())
         first = receiver.receive(offers[0], DEADLINE_S)
         receiver.loaded(first)
-        content = {part.manifest.part: bytes(part.holding.memory.view) for part in first.parts}
+        content = {part.manifest.part: bytes(part.held.memory.view) for part in first.parts}
         canaries = await group.canaries(prompts, 3)
         offers.append(await group.publish(4))
         second = receiver.receive(offers[1], DEADLINE_S)
