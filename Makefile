@@ -1,4 +1,5 @@
 # make demo: set up and train the demo policy end to end. make test: set up and prove that it works.
+# make test-all: every test, going on where it was stopped (FROM=chaos-2 goes on there). See docs/testing.md.
 
 PYTHON ?= python3
 EXTRA ?= cpu
@@ -6,7 +7,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow test-all lint clean
 
 setup:
 	@$(PYTHON) scripts/setup.py --extra $(EXTRA) --environment $(VENV)
@@ -20,11 +21,14 @@ lint: setup
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-test: lint
-	@$(BIN)/python -m pytest -m "not slow"
+test: setup
+	@$(BIN)/python scripts/run_tests.py quick
 
 test-slow: setup
-	@$(BIN)/python -m pytest -m slow --timeout 2400
+	@$(BIN)/python scripts/run_tests.py slow
+
+test-all: setup
+	@$(BIN)/python scripts/run_tests.py all $(if $(FROM),--from $(FROM))
 
 clean:
 	rm -rf runs build .mypy_cache .ruff_cache .pytest_cache .hypothesis

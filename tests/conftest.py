@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ import yaml
 from hypothesis import settings
 from PIL import Image
 
+from tests import parts
 from tests.tiny_model import build_tiny_vlm
 
 # A test is judged by what it finds; how long it takes says more of the machine.
@@ -56,6 +58,66 @@ def slowly(request, *, seconds, log=None):
             out.write("called\\n")
     return share_of_vowels(request)
 """
+
+SLOW = pytest.StashKey[dict[str, str]]()
+"""Every slow test that was collected, with its kind."""
+ENGINE_TIMEOUT_S, SLOW_TIMEOUT_S = 1800.0, 2400.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--plan", type=Path, help="write the parts of all slow tests into this file")
+    parser.addoption("--record", action="store_true", help="write what each test took into tests/durations.json")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Before anything is deselected: kinds and time-outs; with several processes, the longest groups come first."""
+    config.stash[SLOW] = {}
+    for item in items:
+        names = {mark.name for mark in item.iter_markers()}
+        if "slow" in names:
+            config.stash[SLOW][item.nodeid] = parts.kind_of(names)
+        if names & {"slow", "engine"} and "timeout" not in names:
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S if "slow" in names else ENGINE_TIMEOUT_S))
+    if hasattr(config, "workerinput"):
+        rank = {group: index for index, group in enumerate(parts.longest_first(item.nodeid for item in items))}
+        items.sort(key=lambda item: rank[parts.group_of(item.nodeid)])
+    if config.getoption("--plan"):
+        config.getoption("--plan").write_text(json.dumps(parts.plan(config.stash[SLOW], parts.durations())))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of one group run in one process, in the order of their collection."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return parts.group_of(nodeid)
+
+    return GroupScheduling(config, log)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Durations are recorded by the process that hears of all tests."""
+    if config.getoption("--record") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(DurationRecorder())
+
+
+class DurationRecorder:
+    """Adds up what each test took, and writes it into the table at the end."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.slow: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] += report.duration
+        if "slow" in report.keywords:
+            self.slow.add(report.nodeid)
+
+    def pytest_sessionfinish(self) -> None:
+        parts.write_durations(self.seconds, self.slow)
 
 
 @dataclass
@@ -99,7 +161,7 @@ class Command:
         """What it has printed."""
         return self.log.read_text(errors="replace")
 
-    def wait(self, deadline_s: float = 240.0) -> int:
+    def wait(self, deadline_s: float = 1200.0) -> int:
         """Its exit code."""
         try:
             return self.process.wait(deadline_s)
@@ -115,7 +177,7 @@ class Command:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(30)
 
-    def until(self, happened: Callable[[], Any], what: str, deadline_s: float = 180.0) -> Any:
+    def until(self, happened: Callable[[], Any], what: str, deadline_s: float = 900.0) -> Any:
         """Wait for something to have happened while the command runs; returns what `happened` returned."""
         end = time.monotonic() + deadline_s
         while not (found := happened()):
@@ -126,11 +188,11 @@ class Command:
             time.sleep(POLL_S)
         return found
 
-    def until_printed(self, text: str, deadline_s: float = 180.0) -> None:
+    def until_printed(self, text: str, deadline_s: float = 900.0) -> None:
         """Wait until it has printed this."""
         self.until(lambda: text in self.output, f"'{text}' printed", deadline_s)
 
-    def until_step(self, step: int, deadline_s: float = 180.0) -> None:
+    def until_step(self, step: int, deadline_s: float = 900.0) -> None:
         """Wait until this training step is recorded."""
         self.until(lambda: any(row["step"] >= step for row in rows(self.folder, "metrics")), f"step {step}", deadline_s)
 
@@ -147,7 +209,7 @@ class Command:
                 continue
         return found
 
-    def left_behind(self, deadline_s: float = 20.0) -> list[str]:
+    def left_behind(self, deadline_s: float = 60.0) -> list[str]:
         """What is still running of it after so long; empty once nothing is."""
         end = time.monotonic() + deadline_s
         while (alive := self.processes()) and time.monotonic() < end:
@@ -251,7 +313,7 @@ def small_recipe(tiny_vlm: Path, questions: Path) -> dict[str, Any]:
         "evaluation": {"every_steps": 2, "sampling": {"max_tokens": 12}},
         "checkpoint": {"every_steps": 1},
         "tracking": {"samples_every_steps": 2, "samples": 4},
-        "deadlines": {"start_s": 150.0, "generate_s": 60.0, "score_s": 60.0, "update_s": 60.0, "sync_s": 60.0},
+        "deadlines": {"start_s": 600.0, "generate_s": 300.0, "score_s": 300.0, "update_s": 300.0, "sync_s": 300.0},
     }
 
 

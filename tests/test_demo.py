@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
+@pytest.mark.learning
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_reinforcement_learning_alone_lifts_held_out_exact_match_by_25_points(seed: int, tmp_path: Path) -> None:
     folder = tmp_path / "demo"

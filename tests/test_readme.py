@@ -58,7 +58,7 @@ def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).parent / words[0]), *words[1:]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200, check=False
     )
 
 

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from orchestrator.checkpoints import Checkpoints, read_state
 from tests.conftest import Command, overridden, rows, steps
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.chaos]
 
 EXACT = ("reward/mean", "rollout/tokens", "train/loss", "train/grad_norm", "weights/version")
 

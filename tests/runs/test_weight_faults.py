@@ -42,7 +42,7 @@ from tests.hosts import ROOT
 from tests.orchestrator.stepping_generator import FOLDER, PHASES, STAGED_PHASES, SteppingGenerator, reached, wanted
 from tests.tiny_model import build_tiny_vlm
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.chaos, pytest.mark.asyncio(loop_scope="module")]
 
 LONG = SamplingConfig(max_tokens=120, ignore_eos=True)
 REQUESTS = 3

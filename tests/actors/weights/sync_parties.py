@@ -235,8 +235,12 @@ def template(host: Host | None = None) -> Iterator[Template]:
 
 
 def left_behind() -> list[Path]:
-    """Files of weights that outlive their processes; there never are any."""
-    return [path for folder in ("/dev/shm", tempfile.gettempdir()) for path in Path(folder).glob("*counterpoint-weig*")]
+    """Files of weights that outlive their processes; there never are any. Others' have a name for a moment."""
+    folders = ("/dev/shm", tempfile.gettempdir())
+    found = [path for folder in folders for path in Path(folder).glob("*counterpoint-weig*")]
+    if found:
+        time.sleep(2.0)
+    return [path for path in found if path.exists()]
 
 
 def until(happened: Callable[[], Any], what: str) -> Any:

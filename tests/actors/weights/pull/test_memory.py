@@ -7,8 +7,6 @@ import gc
 import os
 import signal
 import subprocess
-import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 from actors.weights.pull import memory as memory_module
 from actors.weights.pull.memory import Memory, MemoryAddress, NoRoomError, available_memory, host_identity
 from tests.actors.weights.processes import DEADLINE_S, output_of, python
+from tests.actors.weights.sync_parties import left_behind
 
 MIB = 1 << 20
 OWNER = """
@@ -45,9 +44,9 @@ def owner(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[subp
 
 
 def shared_bytes() -> int:
-    """Of the whole machine, memory of memfd and tmpfs."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Shmem:"))
+    """Of this process, memory of memfd and tmpfs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssShmem:"))
 
 
 def holders(address: MemoryAddress) -> set[str]:
@@ -108,8 +107,7 @@ def test_nothing_is_left_behind_by_a_killed_owner_and_its_readers(owner):
     os.close(descriptor)
     found.close()
     assert not holders(address)
-    assert not [name for name in os.listdir("/dev/shm") if "counterpoint" in name]
-    assert not list(Path(tempfile.gettempdir()).glob("counterpoint-weights-*"))
+    assert left_behind() == []
 
 
 def test_memory_is_given_back_to_the_machine_with_its_last_holder():
@@ -120,19 +118,20 @@ def test_memory_is_given_back_to_the_machine_with_its_last_holder():
     try:
         assert process.stdout is not None
         path, *numbers = process.stdout.readline().split()
-        found = Memory.open(MemoryAddress(path, *map(int, numbers)))
+        address = MemoryAddress(path, *map(int, numbers))
+        before = shared_bytes()
+        found = Memory.open(address)
         assert found is not None
+        assert bytes(found.view).count(b"w") == size
     finally:
         process.kill()
         process.wait(DEADLINE_S)
-    held = shared_bytes()
-    assert held >= size
+    assert shared_bytes() >= before + size
+    assert holders(address) == {str(os.getpid())}
     del found
     gc.collect()
-    end = time.monotonic() + DEADLINE_S
-    while shared_bytes() > held - size // 2:  # half of it: others take and give memory meanwhile
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    assert shared_bytes() <= before + MIB
+    assert not holders(address), "nobody keeps the memory from the machine"
 
 
 def test_files_on_disk_have_no_name_that_could_be_left_behind(tmp_path):
