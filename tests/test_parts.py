@@ -131,9 +131,9 @@ def test_as_many_days_as_there_are_parts_run_all_of_them_and_one_can_be_asked_fo
 @pytest.mark.parametrize(
     ("body", "deadline_s", "code", "said"),
     [
-        ("def test_one(): pass", 120.0, 0, "1 passed"),
-        ("def test_one(): assert False\ndef test_two(): pass", 120.0, 1, "1 failed, 1 passed"),
-        ("def test_one():\n    import time\n    time.sleep(600)", 5.0, 1, "0 failed, 0 passed"),
+        ("def test_one(): pass", 120.0, 0, "1 passed, 0 failed"),
+        ("def test_one(): assert False\ndef test_two(): pass", 120.0, 1, "1 passed, 1 failed"),
+        ("def test_one():\n    import time\n    time.sleep(600)", 5.0, 1, "0 passed, 1 failed"),
     ],
 )
 def test_a_section_ends_at_its_deadline_and_the_last_line_counts_what_ran(

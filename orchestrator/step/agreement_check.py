@@ -18,7 +18,7 @@ from orchestrator.roles.fleet import GeneratorFleet
 from rollout.config import SamplingConfig
 from rollout.failures import Failure, FailureError, FailureKind
 from rollout.prompts import Prompt
-from rollout.samples import Generation, TrainingSample
+from rollout.samples import Generation, TokenSequence
 
 if TYPE_CHECKING:
     from actors.trainer.policy import PolicyGroup
@@ -46,17 +46,18 @@ async def measure_agreement(
         fleet.generate(prompt, 1, short, index, f"agreement-{version}-{index}") for index, prompt in enumerate(prompts)
     )
     generations = await asyncio.gather(*requests)
-    samples = [
-        _as_sample(prompt, generation)
+    answered = [
+        (prompt, generation)
         for prompt, generation in zip(prompts, generations, strict=True)
         if isinstance(generation, Generation) and len(generation.completions[0])
     ]
-    if not samples:
+    if not answered:
         message = f"none of the {len(prompts)} prompts of the agreement check of version {version} got a completion"
         raise FailureError(Failure(FailureKind.INFRASTRUCTURE, "no_agreement_check", message))
-    own = np.concatenate(await policy.log_probs(samples))
-    theirs = np.concatenate([s.behaviour_log_probs for s in samples])
-    current = np.concatenate([s.policy_versions for s in samples]) == version
+    own = np.concatenate(await policy.log_probs([_sequence(*each) for each in answered]))
+    completions = [generation.completions[0] for _, generation in answered]
+    theirs = np.concatenate([completion.log_probs for completion in completions])
+    current = np.concatenate([completion.policy_versions for completion in completions]) == version
     if not current.any():
         message = f"the generators answered the agreement check at another version than the published {version}"
         raise FailureError(Failure(FailureKind.BUG, "agreement_check_version", message))
@@ -80,14 +81,11 @@ def alarm(metrics: dict[str, float], config: WeightsConfig) -> str | None:
     )
 
 
-def _as_sample(prompt: Prompt, generation: Generation) -> TrainingSample:
+def _sequence(prompt: Prompt, generation: Generation) -> TokenSequence:
     completion = generation.completions[0]
-    return TrainingSample(
+    return TokenSequence(
         prompt=prompt,
         prompt_token_ids=generation.prompt_token_ids,
         token_ids=completion.token_ids,
         loss_mask=np.ones(len(completion), dtype=np.bool_),
-        advantages=np.zeros(len(completion), dtype=np.float32),
-        behaviour_log_probs=completion.log_probs,
-        policy_versions=completion.policy_versions,
     )
