@@ -121,8 +121,10 @@ def run_section(section: Section, deadline_s: float, more: Sequence[str] = ()) -
         return Result(section, 0.0, Counter())
     command = [sys.executable, "-m", "pytest", *section.arguments, *more]
     started, mark, is_late, tail = time.monotonic(), uuid.uuid4().hex, False, deque[str](maxlen=50)
+    # Torch's threads for operations on tiny tensors only wait for each other, and more so beside another process.
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {MARK: mark}
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {MARK: mark}
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment
     )
     relay = threading.Thread(target=_relay, args=(process, tail), daemon=True)
     relay.start()
@@ -131,8 +133,7 @@ def run_section(section: Section, deadline_s: float, more: Sequence[str] = ()) -
     except subprocess.TimeoutExpired:
         is_late = True
     finally:
-        if process.poll() is None:
-            _stop(process, mark)
+        _stop(process, mark)
     relay.join(10.0)
     seconds = time.monotonic() - started
     said = next((found for line in reversed(tail) if (found := OUTCOMES.findall(line))), [])
@@ -154,10 +155,11 @@ def _relay(process: subprocess.Popen[str], tail: deque[str]) -> None:
 
 
 def _stop(process: subprocess.Popen[str], mark: str) -> None:
-    """Interrupt pytest, which ends what its tests have started; then kill what is left of it, by the mark."""
-    process.send_signal(signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(INTERRUPT_S)
+    """Interrupt pytest if it runs, which ends what its tests have started; kill what is left of it, by the mark."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(INTERRUPT_S)
     wanted = f"{MARK}={mark}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -26,6 +26,11 @@ def warnings(config: Config) -> list[str]:
             f"rollout.sampling.{key} samples from a cut-off distribution while the trainer's log-probabilities are of "
             "the whole one, which biases the importance ratio. Set top_p: 1.0 and top_k: 0 for training."
         )
+    if sampling.min_tokens > 0:
+        found.append(
+            f"rollout.sampling.min_tokens = {sampling.min_tokens} forbids the end of turn in the first tokens and the "
+            "trainer does not, which biases the importance ratio of those tokens. Set it to 0 for training."
+        )
     if config.rollout.max_staleness > 0 and config.algorithm.correction.method == "none":
         found.append(
             f"rollout.max_staleness = {config.rollout.max_staleness} with algorithm.correction.method = none trains "

@@ -268,5 +268,5 @@ def test_full_shared_memory_and_full_folders_hinder_nobody(cluster: Cluster):
     results = cluster.deliver(cluster.publisher.publish(1))
     assert results["a1"]["route"] == "memory" or results["a0"]["route"] == "memory"
     assert not results["b0"]["on_disk"]
-    assert any("weights lie in memory: /dev/shm" in line for line in full.logs)
+    assert any("weights are put in memory: /dev/shm" in line for line in full.logs)
     cluster.deliver(cluster.publisher.publish(2))

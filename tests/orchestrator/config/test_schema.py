@@ -128,6 +128,7 @@ def test_an_impossible_combination_is_refused_with_the_reason(changes: list[tupl
         ([("rollout.sampling.top_p", 0.9)], "top_p = 0.9 samples from a cut-off distribution"),
         ([("rollout.sampling.top_k", 50)], "top_k = 50 samples from a cut-off distribution"),
         ([("rollout.max_staleness", 1), ("algorithm.correction.method", "none")], "as if they were the current one's"),
+        ([("rollout.sampling.min_tokens", 2)], "min_tokens = 2 forbids the end of turn"),
         ([("rollout.sampling.ignore_eos", True)], "never learns to stop"),
         ([("model.lora", {"dropout": 0.1})], "adds noise to every importance ratio"),
         ([("data.evaluation", None)], "nothing is evaluated"),

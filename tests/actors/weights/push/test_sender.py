@@ -103,7 +103,7 @@ class Setup:
         with torch.no_grad():
             for parameter in self.module.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=random) * 0.02)
-        report = await asyncio.to_thread(sender.push, self.version, (self.port, *others))
+        report = await asyncio.to_thread(sender.push, self.version, (self.target, *others))
         assert report is not None
         return report
 
@@ -267,7 +267,7 @@ async def test_a_push_that_is_called_off_before_it_began_leaves_the_engine_as_it
     assert (await setup.push(setup.sender())).is_whole
     await setup.engine.start_weight_update()
     with pytest.raises(Exception, match=r"\[untouched\].*another died"):
-        await asyncio.wrap_future(setup.port.update_weights({"abandon": "another died"}))
+        await asyncio.wrap_future(setup.target.update_weights({"abandon": "another died"}))
     assert await setup.agrees()
 
 
@@ -279,7 +279,7 @@ async def test_an_engine_that_missed_pushes_catches_up_by_pulling(setup: Setup, 
             parameter.mul_(1.02)
     manifest = written(module_tensors(setup.module, "float32"), tmp_path / "version")
     await setup.engine.start_weight_update()
-    await asyncio.wrap_future(setup.port.update_weights({"parts": [(manifest.packed, str(tmp_path / "version"))]}))
+    await asyncio.wrap_future(setup.target.update_weights({"parts": [(manifest.packed, str(tmp_path / "version"))]}))
     await setup.engine.finish_weight_update("77")
     await setup.engine.reset_encoder_cache()
     await setup.engine.reset_prefix_cache()
@@ -307,7 +307,7 @@ async def test_weights_that_were_never_compared_are_not_served(setup: Setup):
     with pytest.raises(Exception, match=r"\[stale\].*not compared"):
         await setup.engine.finish_weight_update("78")
     with pytest.raises(Exception, match="abandoned: forgotten"):
-        await asyncio.wrap_future(setup.port.update_weights({"abandon": "forgotten"}))
+        await asyncio.wrap_future(setup.target.update_weights({"abandon": "forgotten"}))
     assert (await setup.push(setup.sender())).is_whole
     assert await setup.agrees()
 

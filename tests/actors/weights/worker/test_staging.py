@@ -146,7 +146,7 @@ def test_a_model_that_keeps_weights_elsewhere_is_named_and_not_staged():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     assert staging_obstacle(model) is None
     model[1].quant_method = object()
-    assert staging_obstacle(model) == "1 (Linear) computes by object"
+    assert staging_obstacle(model) == "1 (Linear) computes with object"
 
 
 def _hold_back(worker: Any, path: str) -> None:
