@@ -63,6 +63,7 @@ def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_the_example_trains_resumes_and_exports_as_printed(workplace: Path) -> None:
     words = commands()
     checked = run(words["check"], workplace)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 from actors.config import DeadlineConfig, ModelConfig, TrainerConfig
@@ -24,14 +22,7 @@ pytestmark = pytest.mark.engine
 LEARNING_RATE = 1e-3
 
 
-@pytest.fixture(scope="module")
-def session() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-async def test_maximum_likelihood_learns_from_sequences_without_columns(session: None, tmp_path: Path) -> None:
+async def test_maximum_likelihood_learns_from_sequences_without_columns(ray_session: None, tmp_path: Path) -> None:
     model = build_tiny_vlm(tmp_path / "model")
     samples = make_samples(model, tmp_path / "media", 8)
     sequences = [plain(sample) for sample in samples]
