@@ -23,10 +23,16 @@ CANCEL_EVERY_S = 0.5
 
 
 class Interruption:
-    """How often the user has asked a command to stop."""
+    """How often the user has asked a command to stop.
+
+    Attributes:
+        times: how often.
+        on_second: called at once by the second Ctrl-C, since what closes the command then may be cut off.
+    """
 
     def __init__(self) -> None:
         self.times = 0
+        self.on_second: Callable[[], None] | None = None
 
     @property
     def stops_now(self) -> bool:
@@ -61,6 +67,8 @@ def run_until_interrupted(command: Callable[[Interruption], Coroutine[Any, Any, 
             elif interruption.times == 2:
                 _say("stopping now")
                 by_force.start()
+                if interruption.on_second is not None:
+                    interruption.on_second()
                 endings.add(asyncio.ensure_future(_cancel_until_done(task)))
 
         for sign in (signal.SIGINT, signal.SIGTERM):

@@ -46,6 +46,7 @@ async def _run(kind: RunKind, config: Config | SFTConfig, resume: bool, interrup
     start = kind.body()
     with open_telemetry(config, state, is_resumed=resume) as telemetry:
         outcome, verdict = FAILED, "failed"
+        interruption.on_second = lambda: _record_stop(telemetry, state)
         try:
             async with start(config, state, checkpoints, telemetry, checkpoint) as loop:
                 await _to_the_end(loop, config, state, telemetry, interruption)
@@ -61,6 +62,7 @@ async def _run(kind: RunKind, config: Config | SFTConfig, resume: bool, interrup
             if interruption.stops_now:
                 _finish_now(telemetry, state)
             else:
+                interruption.on_second = None  # the last event is written by what follows
                 await uninterrupted(_in_thread(finish, config, telemetry, state, outcome, verdict))
     return outcome
 
@@ -157,11 +159,18 @@ def finish(config: Config | SFTConfig, telemetry: Telemetry, state: RunState, ou
     telemetry.progress.finish(words)
 
 
+def _stop_verdict(state: RunState) -> str:
+    return f"stopped at once at step {state.version}; continue from the latest checkpoint with --resume"
+
+
+def _record_stop(telemetry: Telemetry, state: RunState) -> None:
+    """Write the last event of a run that the second Ctrl-C stops."""
+    telemetry.event("finished", status=STATUS[INTERRUPTED], step=state.version, verdict=_stop_verdict(state))
+
+
 def _finish_now(telemetry: Telemetry, state: RunState) -> None:
     """End a run's telemetry after the second Ctrl-C, in about a second and without a report."""
-    verdict = f"stopped at once at step {state.version}; continue from the latest checkpoint with --resume"
-    telemetry.event("finished", status=STATUS[INTERRUPTED], step=state.version, verdict=verdict)
-    telemetry.progress.finish({"verdict": verdict})
+    telemetry.progress.finish({"verdict": _stop_verdict(state)})
     telemetry.tracker.finish(STATUS[INTERRUPTED], LAST_SENDING_S)
 
 
